@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment they use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types bench-quick format clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m recipes.finetune_minilm
+
+test: lint types
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/python -m coverage report
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.plateau --quick
+
+$(INSTALLED): pyproject.toml constraints.txt recipes/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs

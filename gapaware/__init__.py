@@ -1,0 +1,24 @@
+"""Optimizers that mind the gap: wrap yours, watch the spectrum of its updates, adapt its learning rate."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from gapaware.composite import Composite, muon
+from gapaware.controller import Controller, Decision, Observation
+from gapaware.optimizer import GapAware
+from gapaware.spectrum import Spectrum
+
+try:
+    __version__ = version("gapaware")
+except PackageNotFoundError:  # run from the source tree without an installation
+    __version__ = "0"
+
+__all__ = [
+    "Composite",
+    "Controller",
+    "Decision",
+    "GapAware",
+    "Observation",
+    "Spectrum",
+    "__version__",
+    "muon",
+]

@@ -1,0 +1,70 @@
+"""Checks of what a person passes: an error names the argument, its value and the way out."""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def integer(name: str, value: Any, *, low: int, high: int | None = None, why: str) -> int:
+    """Return `value` if it is an integer in [low, high].
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of bounds.
+
+    Example:
+        >>> integer("window", 1, low=3, why="a gap needs at least 3 updates")
+        Traceback (most recent call last):
+        ValueError: window=1: a gap needs at least 3 updates; pass window >= 3
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r}: {why}; pass an integer >= {low}")
+    number = int(value)
+    if number < low:
+        raise ValueError(f"{name}={value}: {why}; pass {name} >= {low}")
+    if high is not None and number > high:
+        raise ValueError(f"{name}={value}: {why}; pass {name} <= {high}")
+    return number
+
+
+def positive(
+    name: str, value: Any, *, low: float = 0.0, high: float = float("inf"), why: str
+) -> float:
+    """Return `value` if it is a positive finite number in [low, high].
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of bounds.
+
+    Example:
+        >>> positive("max_scale", 0.5, low=1.0, why="the largest factor on the learning rate")
+        Traceback (most recent call last):
+        ValueError: max_scale=0.5: the largest factor on the learning rate; pass 1.0 <= max_scale < inf
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: {why}; pass a number")
+    number = float(value)
+    if not (0.0 < number < float("inf") and low <= number <= high):
+        below = "<" if high == float("inf") else "<="
+        above = "<" if low == 0.0 else "<="
+        lower = "0" if low == 0.0 else f"{low}"
+        raise ValueError(f"{name}={value}: {why}; pass {lower} {above} {name} {below} {high}")
+    return number
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> choice("mode", "fast", ("auto", "escape"))
+        Traceback (most recent call last):
+        ValueError: mode='fast': unknown; choose one of 'auto', 'escape'
+    """
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r}: unknown; choose one of {', '.join(map(repr, choices))}"
+        )
+    return str(value)

@@ -1,0 +1,183 @@
+"""Several optimizers over one model as one `torch.optim.Optimizer`, and Muon with AdamW as its main use."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gapaware.delegation import Delegating
+
+if TYPE_CHECKING:
+    from gapaware.optimizer import GapAware
+
+
+class Composite(Delegating):
+    """Optimizers that step together; schedulers, clipping and checkpoints see one optimizer.
+
+    The parameter groups are those of the optimizers, one after the other, and each keeps its own
+    hyperparameters. A checkpoint is in the layout of `torch.optim.Optimizer`.
+
+    Args:
+        optimizers: at least one; no two may share a parameter.
+
+    Raises:
+        ValueError: no optimizers, or a parameter in two of them.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> optimizer = Composite(
+        ...     torch.optim.Muon([model.weight], lr=0.02), torch.optim.AdamW([model.bias], lr=1e-3)
+        ... )
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.02, 0.001]
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        if not optimizers:
+            raise ValueError("optimizers=(): nothing to combine; pass at least one optimizer")
+        owned: set[int] = set()
+        for optimizer in optimizers:
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if owned & mine:
+                raise ValueError(
+                    f"optimizers: {len(owned & mine)} parameters belong to two optimizers; "
+                    "give each parameter to one of them"
+                )
+            owned |= mine
+        self.optimizers = list(optimizers)
+        super().__init__()
+
+    @property
+    def wrapped(self) -> list[torch.optim.Optimizer]:
+        """The optimizers."""
+        return self.optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all optimizers, in their order."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The states of all optimizers, by parameter; to change one, go to the optimizer."""
+        return {p: s for optimizer in self.optimizers for p, s in optimizer.state.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the first optimizer, which takes new groups."""
+        return self.optimizers[0].defaults
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Step every optimizer once, after one evaluation of the closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the last optimizer, which for `muon` is AdamW and takes any tensor."""
+        self.optimizers[-1].add_param_group(param_group)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in groups]
+        if ours != theirs:
+            raise ValueError(
+                f"state_dict: parameters per group are {theirs}, this optimizer has {ours}; build "
+                "it as it was built when the state was saved"
+            )
+        first = 0
+        for optimizer in self.optimizers:
+            mine = groups[first : first + len(optimizer.param_groups)]
+            first += len(mine)
+            keys = {key for group in mine for key in group["params"]}
+            state = {key: value for key, value in state_dict["state"].items() if key in keys}
+            optimizer.load_state_dict({"state": state, "param_groups": mine})
+
+
+def muon(
+    model: nn.Module,
+    lr: float = 2e-2,
+    adamw_lr: float = 3e-4,
+    *,
+    weight_decay: float = 0.1,
+    adamw_weight_decay: float | None = None,
+    momentum: float = 0.95,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+    adjust_lr_fn: str | None = None,
+    adamw_parameters: Iterable[str] = ("embed", "lm_head", "wte", "wpe", "classifier", "score"),
+    **gapaware_arguments: Any,
+) -> "GapAware":
+    """Muon for the hidden matrices, AdamW for everything else, and GapAware around both.
+
+    Args:
+        model: its trainable parameters are shared out.
+        lr: of Muon.
+        adamw_lr: of AdamW.
+        weight_decay: decoupled decay of the matrices.
+        adamw_weight_decay: of AdamW's matrices, such as embeddings; `weight_decay` when None. Vectors
+            (biases, norms) have none.
+        momentum: of Muon.
+        adamw_betas: of AdamW.
+        adjust_lr_fn: of `torch.optim.Muon`; "match_rms_adamw" reuses AdamW's lr.
+        adamw_parameters: matrices whose name contains one of these, embeddings and output heads, go to
+            AdamW, as Muon's author advises.
+        gapaware_arguments: for `GapAware`, such as `mode`.
+
+    Returns:
+        A `GapAware` around a `Composite`.
+
+    Raises:
+        ValueError: the model has no trainable matrix for Muon.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = muon(model, lr=2e-2, adamw_lr=3e-4)
+        >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+        [(2, 0.02, 0.1), (2, 0.0003, 0.0)]
+    """
+    from gapaware.optimizer import GapAware
+
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    fragments = tuple(adamw_parameters)
+    matrices: list[tuple[str, nn.Parameter]] = []
+    other_matrices: list[tuple[str, nn.Parameter]] = []
+    vectors: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim != 2:
+            (vectors if parameter.ndim < 2 else other_matrices).append((name, parameter))
+        elif id(parameter) in embeddings or any(fragment in name for fragment in fragments):
+            other_matrices.append((name, parameter))
+        else:
+            matrices.append((name, parameter))
+    if not matrices:
+        raise ValueError(
+            "model: no trainable 2-D parameter outside embeddings and heads, nothing for Muon to do; "
+            "use GapAware(torch.optim.AdamW(...)) or change adamw_parameters"
+        )
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=adjust_lr_fn
+        )
+    ]
+    decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+    groups = [
+        {"params": parameters, "weight_decay": group_decay}
+        for parameters, group_decay in ((other_matrices, decay), (vectors, 0.0))
+        if parameters
+    ]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=adamw_betas))
+    return GapAware(Composite(*optimizers), **gapaware_arguments)

@@ -1,0 +1,134 @@
+"""The contract between what is observed and what is done about it.
+
+A controller is any callable that takes an `Observation` and returns a `Decision`, or just the factor on the
+learning rate as a number:
+
+    def half_when_restless(observation):
+        return 0.5 if observation.spectrum.adiabaticity > 10 else 1.0
+
+    GapAware(base, controller=half_when_restless)
+
+It is called once a snapshot and row, on the host, and what it wants to remember it puts into
+`Decision.memory`, which comes back in the next `Observation.memory` and is saved with the optimizer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+from gapaware.scaling import Scales
+from gapaware.spectrum import Array, Spectrum
+
+ACTIONS = ("raise", "hold", "lower")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a controller knows at a snapshot.
+
+    Updates are the parameter changes between snapshots; all sequences over them are the oldest first
+    and of the same length n <= W + 1.
+
+    Attributes:
+        step: optimizer steps made when the snapshot was taken.
+        row: "all", or the name of a parameter group or block.
+        spectrum: of this row's window; None while there are too few updates.
+        gram: inner products of the updates, (n, n).
+        decay_gram: inner products of their weight-decay parts, (n, n); None where these are unknown.
+        decay_cross: inner products of updates (rows) and decay parts (columns), (n, n), or None.
+        lrs: learning rate that the schedule gave during each update, before scaling.
+        scales: factor that was on it during each update.
+        spans: optimizer steps in each update.
+        lr: learning rate that the schedule gives now, before scaling; of several groups, the largest.
+        scale: factor that is on it now.
+        interval: steps between snapshots now.
+        min_scale: smallest factor that the user allows.
+        max_scale: largest factor that the user allows.
+        target: the adiabaticity a* to steer to.
+        loss: last loss that was seen, or None.
+        memory: `Decision.memory` of the last call, {} at first.
+    """
+
+    step: int
+    row: str
+    spectrum: Spectrum | None
+    gram: Array
+    decay_gram: Array | None
+    decay_cross: Array | None
+    lrs: Array
+    scales: Array
+    spans: Array
+    lr: float
+    scale: float
+    interval: int
+    min_scale: float
+    max_scale: float
+    target: float
+    loss: float | None
+    memory: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a controller wants from the next step on.
+
+    Attributes:
+        scale: factor on the learning rate; kept within [min_scale, max_scale].
+        why: the reason, in a few words, for the history.
+        weight_decay_scale: factor on the weight decay, on top of `scale`.
+        interval: steps to the next snapshot, used with interval="auto"; None to leave it.
+        memory: numbers, strings and lists of them, given back at the next call.
+    """
+
+    scale: float
+    why: str = ""
+    weight_decay_scale: float = 1.0
+    interval: int | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+    def scales(self, low: float, high: float) -> Scales:
+        """The factors for the optimizer, the one on the learning rate kept within [low, high]."""
+        return Scales(min(max(float(self.scale), low), high), float(self.weight_decay_scale))
+
+
+Controller = Callable[[Observation], Decision | float]
+
+
+def as_decision(answer: Any) -> Decision:
+    """Check what a controller returned.
+
+    Raises:
+        TypeError: it is neither a `Decision` nor a number.
+        ValueError: a factor is negative or not finite, or the interval is not positive.
+
+    Example:
+        >>> as_decision(2.0).scale
+        2.0
+        >>> as_decision(float("nan"))
+        Traceback (most recent call last):
+        ValueError: controller returned scale=nan: a factor has to be finite and not negative
+    """
+    if isinstance(answer, Real) and not isinstance(answer, bool):
+        answer = Decision(float(answer), why="the controller's number")
+    if not isinstance(answer, Decision):
+        raise TypeError(
+            f"controller returned {answer!r}: return a gapaware.Decision or the factor as a number"
+        )
+    for name in ("scale", "weight_decay_scale"):
+        factor = getattr(answer, name)
+        if not isfinite(factor) or factor < 0:
+            raise ValueError(
+                f"controller returned {name}={factor}: a factor has to be finite and not negative"
+            )
+    if answer.interval is not None and answer.interval < 1:
+        raise ValueError(f"controller returned interval={answer.interval}: it has to be 1 or more")
+    return answer
+
+
+def action(before: float, after: float) -> str:
+    """Name a change of scale: "raise", "hold" or "lower"."""
+    if after > before:
+        return "raise"
+    return "lower" if after < before else "hold"

@@ -1,0 +1,215 @@
+"""GapAware inside the Hugging Face Trainer.
+
+Two doors, each useful without the other: `optimizer` gives the Trainer a wrapped optimizer, and
+`GapAwareTrainerMixin` puts what it did into the Trainer's logs.
+
+    from gapaware.huggingface import GapAwareTrainer, optimizer
+
+    args = TrainingArguments(output_dir="run", learning_rate=3e-4, weight_decay=0.01)
+    trainer = GapAwareTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        optimizer_cls_and_kwargs=optimizer(args, mode="retain", log_to="run.jsonl"),
+    )
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gapaware import GapAware, muon
+
+try:
+    import transformers
+    from transformers import Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "gapaware.huggingface needs transformers and accelerate: "
+        "pip install 'gapaware[transformers]'"
+    ) from error
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"transformers {transformers.__version__}: its Trainer cannot build an optimizer from a "
+        "factory; gapaware.huggingface needs transformers >= 5: "
+        "pip install 'gapaware[transformers]'"
+    )
+
+if TYPE_CHECKING:
+    TrainerToMixInto = Trainer
+else:
+    TrainerToMixInto = object
+
+Base = str | Callable[[nn.Module], torch.optim.Optimizer] | None
+
+
+def optimizer(
+    args: TrainingArguments, *, base: Base = None, **options: Any
+) -> tuple[type[Factory], dict[str, Any]]:
+    """Make the Trainer wrap its optimizer in GapAware.
+
+    Args:
+        args: the Trainer's own arguments. ``optim``, ``learning_rate``, ``weight_decay``, the
+            betas and epsilon keep their meaning, and so does its schedule: GapAware scales on top
+            of it.
+        base: the optimizer to wrap.
+
+            - ``None``: the one that ``args.optim`` names, with the Trainer's own grouping (no decay
+              on biases and norms).
+            - ``"adamw"``: ``torch.optim.AdamW`` with that grouping, whatever ``args.optim`` says.
+            - ``"muon"``: `gapaware.muon`: Muon on hidden matrices, AdamW on the rest, both at
+              ``args.learning_rate``, which Muon then matches to AdamW's step size.
+            - a function of the model that returns an optimizer, which may be a GapAware already.
+        **options: for `GapAware`: ``mode``, ``window``, ``log_to``, ...
+
+    Returns:
+        What the Trainer takes as ``optimizer_cls_and_kwargs``.
+
+    Raises:
+        TypeError: if an option is not one of GapAware's.
+        ValueError: if ``base`` is not one of the above, or ``args`` asks for DeepSpeed.
+
+    Example:
+        >>> args = TrainingArguments(output_dir="run", learning_rate=3e-4, use_cpu=True)
+        >>> model = nn.Linear(4, 2)
+        >>> trainer = Trainer(
+        ...     model=model, args=args, optimizer_cls_and_kwargs=optimizer(args, mode="observe")
+        ... )
+        >>> type(trainer.create_optimizer()).__name__
+        'GapAware'
+    """
+    inspect.signature(GapAware).bind(None, **options)
+    if not (base is None or base in ("adamw", "muon") or _builds_from_a_model(base)):
+        raise ValueError(
+            f"base={base!r}: pass None (the optimizer that args.optim names), 'adamw', 'muon', or "
+            "a function of the model, such as "
+            "base=lambda model: torch.optim.SGD(model.parameters(), lr=1e-2)"
+        )
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "args.deepspeed: DeepSpeed partitions the parameters away from the optimizer, so there "
+            "are no updates to watch; use FSDP (args.fsdp) or a single device"
+        )
+    return Factory, {"args": args, "base": base, **options}
+
+
+class Factory:
+    """What the Trainer makes and calls: ``Factory()(model, args=..., base=..., **options)``."""
+
+    def __call__(
+        self, model: nn.Module, *, args: TrainingArguments, base: Base = None, **options: Any
+    ) -> GapAware:
+        """Build the base optimizer for ``model`` and wrap it; arguments as for `optimizer`.
+
+        Raises:
+            ValueError: ``base`` returned a GapAware and there are options for another one.
+        """
+        if callable(base):
+            built = base(model)
+            if not isinstance(built, GapAware):
+                return GapAware(built, **options)
+            if options:
+                raise ValueError(
+                    f"{', '.join(options)}: base returned a GapAware, which has its options "
+                    "already; give them there, or let base return the optimizer inside"
+                )
+            return built
+        if base == "muon":
+            return muon(
+                model,
+                lr=args.learning_rate,
+                adamw_lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                adamw_betas=(args.adam_beta1, args.adam_beta2),
+                adjust_lr_fn="match_rms_adamw",
+                **options,
+            )
+        if base == "adamw":
+            args = copy.copy(args)
+            args.optim = "adamw_torch"
+        return GapAware(_trainers_own_optimizer(model, args), **options)
+
+
+class GapAwareTrainerMixin(TrainerToMixInto):
+    """Put what GapAware does into a Trainer's logs, and the training loss into GapAware's history.
+
+    Mix it in front of any Trainer: ``class MyTrainer(GapAwareTrainerMixin, SFTTrainer): ...``. Each
+    time the Trainer logs a learning rate, these stand beside it in every logging backend:
+
+    - ``effective_learning_rate``: ``learning_rate``, which stays the schedule's, times the scale;
+    - ``gapaware/scale``: GapAware's factor in the step just made, that of the first group or
+      block with a finer ``granularity``; then ``gapaware/scale_min`` and ``gapaware/scale_max``
+      stand beside it;
+    - ``gapaware/regime``: the name of the regime (text, which some backends leave out).
+
+    With an optimizer that is not wrapped in GapAware it changes nothing.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one batch; the loss of all batches of a step goes into GapAware's history."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        wrapper = gapaware_of(self.optimizer)
+        if wrapper is not None:
+            self._loss_of_step = getattr(self, "_loss_of_step", 0.0) + loss
+            if self.accelerator.sync_gradients:
+                # Every rank has to see the same loss, or ranks could decide differently.
+                mean = self.accelerator.reduce(self._loss_of_step, "mean")
+                wrapper.log(loss=mean)
+                self._loss_of_step = 0.0
+                # The step to come may end in a decision, and the logs are about the step.
+                self._scales_of_step = wrapper.scales
+        return loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log ``logs`` and, beside a learning rate, what GapAware made of it."""
+        wrapper = gapaware_of(self.optimizer)
+        if wrapper is not None and "learning_rate" in logs:
+            # Before its first step GapAware knows no rows yet.
+            scales = getattr(self, "_scales_of_step", None) or wrapper.scales or [1.0]
+            logs["effective_learning_rate"] = logs["learning_rate"] * scales[0]
+            logs["gapaware/scale"] = scales[0]
+            if min(scales) != max(scales):
+                logs["gapaware/scale_min"] = min(scales)
+                logs["gapaware/scale_max"] = max(scales)
+            if wrapper.history:
+                logs["gapaware/regime"] = wrapper.history[-1]["regime"]
+        super().log(logs, start_time)
+
+
+class GapAwareTrainer(GapAwareTrainerMixin, Trainer):
+    """The Hugging Face Trainer with what GapAware does in its logs."""
+
+
+def gapaware_of(optimizer: Any) -> GapAware | None:
+    """The GapAware inside an optimizer as the Trainer holds it, wrapped by accelerate or not.
+
+    >>> gapaware_of(torch.optim.SGD([nn.Parameter(torch.zeros(1))])) is None
+    True
+    """
+    while optimizer is not None and not isinstance(optimizer, GapAware):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _builds_from_a_model(base: Any) -> bool:
+    return callable(base) and not isinstance(base, type)
+
+
+def _trainers_own_optimizer(model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer that the Trainer would build from ``args``, with its groups and special cases.
+
+    A Trainer's full construction would move the model and start logging backends, and all that
+    ``create_optimizer`` reads are these four attributes.
+    """
+    trainer = object.__new__(Trainer)
+    trainer.args, trainer.model = args, model
+    trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
+    optimizer: torch.optim.Optimizer = trainer.create_optimizer()
+    return optimizer

@@ -1,0 +1,96 @@
+"""Which parameters make up a row of the sketch, and where in the row each one lies.
+
+A row never spans two parameter groups, since learning rate and weight decay belong to a group. The
+Gram matrix of the whole model is the sum over the rows.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("global", "group", "block")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters that are sketched together.
+
+    Attributes:
+        name: for logs, such as "group 0" or "group 1: encoder.layer.3".
+        group: index of the parameter group.
+        parameters: the trainable parameters, in the group's order.
+        size: number of real numbers in them, over all ranks.
+    """
+
+    name: str
+    group: int
+    parameters: tuple[Tensor, ...]
+    size: int
+
+    def pieces(self) -> list[tuple[Tensor, int]]:
+        """The parameters as pairs (flat real tensor, place in the row), without copying them."""
+        place, pieces = 0, []
+        for parameter in self.parameters:
+            pieces.append((flat(parameter), place))
+            place += real_size(parameter)
+        return pieces
+
+    def signature(self) -> tuple[str, int, int]:
+        """What has to stay the same for two sketches of the row to be comparable."""
+        return (self.name, len(self.parameters), self.size)
+
+
+def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
+    """Divide the trainable parameters of an optimizer into rows.
+
+    Args:
+        param_groups: of the wrapped optimizer.
+        granularity: "global" and "group" give one row a group; "block" gives one a layer where the
+            group has parameter names (`named_parameters()`), else one a tensor.
+
+    Returns:
+        The rows, in the order of the groups; groups without trainable parameters have none.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> [row.size for row in rows([{"params": list(layer.parameters())}], "block")]
+        [6, 2]
+    """
+    block_of: Callable[[dict[str, Any], int], str]
+    block_of = _block if granularity == "block" else (lambda group, index: "")
+    result = []
+    for number, group in enumerate(param_groups):
+        blocks: dict[str, list[Tensor]] = {}
+        for index, parameter in enumerate(group["params"]):
+            if parameter.requires_grad:
+                blocks.setdefault(block_of(group, index), []).append(parameter)
+        for block, parameters in blocks.items():
+            name = f"group {number}: {block}" if block else f"group {number}"
+            size = sum(map(real_size, parameters))
+            result.append(Row(name, number, tuple(parameters), size))
+    return result
+
+
+def real_size(parameter: Tensor) -> int:
+    """Number of real numbers in a parameter: a complex element has two."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def flat(parameter: Tensor) -> Tensor:
+    """A parameter as a one-dimensional real tensor; a view wherever its memory order allows one."""
+    detached = parameter.detach()
+    if detached.is_complex():
+        detached = torch.view_as_real(detached)
+    return detached.reshape(-1)
+
+
+def _block(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    if not names:
+        return f"tensor {index}"
+    layer = re.match(r".*?\.\d+(?=\.)", names[index])
+    return layer.group() if layer else str(names[index])

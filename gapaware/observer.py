@@ -1,0 +1,241 @@
+"""From parameters to the Gram matrix of the last updates: takes the snapshots and keeps the window."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware import layout
+from gapaware.decay import decay_rate
+from gapaware.delegation import leaves
+from gapaware.scaling import Scales
+from gapaware.sketch import CountSketch, Identity
+from gapaware.transfer import Transfer
+from gapaware.window import Window
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what an update was made: lr of each row before scaling, its factor, and the steps."""
+
+    lrs: tuple[float, ...]
+    scales: tuple[float, ...]
+    span: int
+
+    def as_list(self) -> list[Any]:
+        """Plain lists and numbers, for a state dict."""
+        return [list(self.lrs), list(self.scales), self.span]
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> "Conditions":
+        """The conditions that `as_list` described."""
+        lrs, scales, span = values
+        return cls(tuple(map(float, lrs)), tuple(map(float, scales)), int(span))
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A snapshot, with its Gram matrices still on their way to the host.
+
+    Attributes:
+        step: optimizer steps made when it was taken.
+        names: of the rows.
+        groups: parameter group of each row.
+        gram: inner products, (2, 2, rows, n, n) as in `Window.gram`.
+        conditions: of the n updates, the oldest first.
+        separable: for each row, whether its weight decay is known.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    groups: tuple[int, ...]
+    gram: Transfer
+    conditions: tuple[Conditions, ...]
+    separable: tuple[bool, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
+        return {
+            "step": self.step,
+            "names": list(self.names),
+            "groups": list(self.groups),
+            "gram": self.gram.result().clone(),
+            "conditions": [condition.as_list() for condition in self.conditions],
+            "separable": list(self.separable),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Sighting":
+        """The sighting that `state_dict` described."""
+        return cls(
+            step=int(state["step"]),
+            names=tuple(map(str, state["names"])),
+            groups=tuple(map(int, state["groups"])),
+            gram=Transfer(state["gram"].to("cpu", torch.float64)),
+            conditions=tuple(map(Conditions.from_list, state["conditions"])),
+            separable=tuple(map(bool, state["separable"])),
+        )
+
+
+class Observer:
+    """Sketches the parameters at each snapshot and keeps the window of their differences.
+
+    No parameter is kept between calls: FSDP2 and accelerate swap them under the optimizer. When the set
+    of trainable parameters changes the window starts anew.
+
+    Args:
+        window: W.
+        sketch_dim: length of a row's sketch; None for exact updates.
+        granularity: see `layout.rows`.
+        seed: of the sketch.
+    """
+
+    def __init__(self, window: int, sketch_dim: int | None, granularity: str, seed: int) -> None:
+        self.settings: dict[str, Any] = {
+            "window": window,
+            "sketch_dim": sketch_dim,
+            "granularity": granularity,
+            "seed": seed,
+        }
+        self._size = window
+        self._granularity = granularity
+        self._sketch: CountSketch | Identity | None = None
+        if sketch_dim is not None:
+            self._sketch = CountSketch(sketch_dim, seed)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything that was seen."""
+        self._signature: list[tuple[str, int, int]] = []
+        self._row_groups: list[int] = []
+        self._last: Tensor | None = None
+        self._window: Window | None = None
+        self._conditions: deque[Conditions] = deque(maxlen=self._size + 1)
+        self._rates: list[float | None] = []
+        self._span = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a snapshot to compare the next one with."""
+        return self._last is not None
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each row, as of the last snapshot."""
+        return [name for name, _, _ in self._signature]
+
+    @property
+    def row_groups(self) -> list[int]:
+        """The parameter group of each row, as of the last snapshot."""
+        return self._row_groups
+
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the first snapshot, before the first step."""
+        rows = layout.rows(optimizer.param_groups, self._granularity)
+        if not rows:
+            return
+        if isinstance(self._sketch, Identity) or self._sketch is None:
+            self._sketch = Identity(max(row.size for row in rows))
+        self.restart()
+        self._signature = [row.signature() for row in rows]
+        self._row_groups = [row.group for row in rows]
+        self._last = self._snapshot(rows)
+        self._window = Window(self._size, len(rows), self._sketch.dim, self._last.device)
+        self._rates = [0.0] * len(rows)
+
+    def account(self, optimizer: torch.optim.Optimizer, scales: Sequence[Scales]) -> None:
+        """Note one step of the optimizer: how much it decayed each row.
+
+        Args:
+            optimizer: the wrapped one, its groups unscaled.
+            scales: that were on each row during the step.
+        """
+        self._span += 1
+        groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
+        for row, number in enumerate(self._row_groups):
+            leaf, group = groups[number]
+            factor = scales[row]
+            lr = float(group["lr"]) * factor.lr
+            decay = float(group.get("weight_decay", 0.0)) * factor.weight_decay
+            rate, so_far = decay_rate(leaf, group, lr, decay), self._rates[row]
+            self._rates[row] = None if rate is None or so_far is None else so_far + rate
+
+    def look(
+        self, optimizer: torch.optim.Optimizer, step: int, scales: Sequence[Scales]
+    ) -> Sighting | None:
+        """Take a snapshot.
+
+        Args:
+            optimizer: the wrapped one, its groups unscaled.
+            step: optimizer steps made so far.
+            scales: that were on each row since the last snapshot.
+
+        Returns:
+            What was seen, or None when the window (re)started here.
+        """
+        rows = layout.rows(optimizer.param_groups, self._granularity)
+        if self._window is None or [row.signature() for row in rows] != self._signature:
+            self.start(optimizer)
+            return None
+        assert self._last is not None
+        now = self._snapshot(rows)
+        last = self._last.to(now.device)
+        self._window.to(now.device)
+        rates = torch.tensor([rate or 0.0 for rate in self._rates], dtype=torch.float64)
+        decay = last * -rates.to(now.device, non_blocking=True).unsqueeze(1)
+        self._window.push(now - last, decay)
+        lrs = tuple(float(optimizer.param_groups[g]["lr"]) for g in self._row_groups)
+        self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
+        separable = tuple(rate is not None for rate in self._rates)
+        self._last, self._span, self._rates = now, 0, [0.0] * len(rows)
+        return Sighting(
+            step=step,
+            names=tuple(row.name for row in rows),
+            groups=tuple(self._row_groups),
+            gram=Transfer(self._window.gram()),
+            conditions=tuple(self._conditions),
+            separable=separable,
+        )
+
+    def _snapshot(self, rows: Sequence[layout.Row]) -> Tensor:
+        """The sketches of all rows, (rows, dim), on the device of the first parameter."""
+        assert self._sketch is not None
+        home = rows[0].parameters[0].device
+        sketches = []
+        for row in rows:
+            by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
+            for piece in row.pieces():
+                by_device.setdefault(piece[0].device, []).append(piece)
+            parts = [self._sketch(pieces, device).to(home) for device, pieces in by_device.items()]
+            sketches.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+        return torch.stack(sketches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next snapshots depend on, as tensors, numbers and lists."""
+        return {
+            "settings": dict(self.settings),
+            "signature": [list(entry) for entry in self._signature],
+            "row_groups": list(self._row_groups),
+            "last": None if self._last is None else self._last.clone(),
+            "window": None if self._window is None else self._window.state_dict(),
+            "conditions": [condition.as_list() for condition in self._conditions],
+            "rates": list(self._rates),
+            "span": self._span,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.restart()
+        self._signature = [(str(n), int(c), int(s)) for n, c, s in state["signature"]]
+        self._row_groups = [int(group) for group in state["row_groups"]]
+        self._rates = [None if rate is None else float(rate) for rate in state["rates"]]
+        self._span = int(state["span"])
+        self._conditions.extend(map(Conditions.from_list, state["conditions"]))
+        if state["last"] is not None:
+            self._last = state["last"].to(torch.float64).clone()
+            self._window = Window.from_state_dict(state["window"], self._last.device)
+            if self.settings["sketch_dim"] is None:
+                self._sketch = Identity(self._last.shape[1])

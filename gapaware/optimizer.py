@@ -1,0 +1,464 @@
+"""GapAware: an optimizer around an optimizer, which watches the spectrum of its updates."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware import arguments, layout
+from gapaware.controller import Controller
+from gapaware.delegation import Delegating
+from gapaware.history import History
+from gapaware.law import adiabatic_law
+from gapaware.observer import Observer, Sighting
+from gapaware.record import fault_record, record
+from gapaware.scaling import Scales, scaled
+from gapaware.sketch import CHUNK
+from gapaware.spectrum import MIN_UPDATES
+from gapaware.steering import Steering
+from gapaware.transfer import Transfer
+
+STATE_VERSION = 1
+FIRST_INTERVAL = 5
+
+# for each mode: smallest factor, first factor, and whether factors above 1 are allowed
+MODES = {
+    "auto": (1.0, 1.0, True),
+    "escape": (1.0, 1.0, True),
+    "retain": (0.02, 0.02, False),
+    "observe": (1.0, 1.0, False),
+}
+
+
+class GapAware(Delegating):
+    """Wrap an optimizer: watch the spectrum of its updates, scale its learning rate and weight decay.
+
+    Every `interval` steps the parameters are sketched; the last `window` differences between sketches
+    give a Gram matrix, its spectrum the gap g and the adiabaticity a = ‖ΔG‖_F/g², and the controller
+    turns these into a factor on the learning rate, one snapshot later. While the factor is 1 the
+    trajectory is bit for bit that of `base`. A fault in here (NaN in the window, an exception in a
+    controller) takes the factor off, is noted in `history`, warned of once, and never reaches training.
+
+    Args:
+        base: any `torch.optim.Optimizer`, or a `Composite` of several.
+        mode: "auto", up on plateaus and never in the way; "escape", up only; "retain", down only,
+            starting gently; "observe", never touches anything.
+        window: W, number of updates in a spectrum.
+        interval: optimizer steps between snapshots, or "auto" to let the controller choose.
+        sketch_dim: length of the sketch of a parameter group (or block). The relative error of a
+            singular value is about √(1/(2·sketch_dim)). None computes with the exact updates, which takes
+            2·(window + 1) float64 copies of the parameters: for small models.
+        target: a*, the adiabaticity to steer to.
+        max_scale: largest factor on the learning rate.
+        min_scale: smallest factor; by default 1, and 0.02 with mode="retain".
+        granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
+            (with `named_parameters()`) or tensor.
+        controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
+        log_to: a file that gets one line of JSON for each snapshot; `gapaware report` reads it.
+        history_size: number of records that `history` keeps in memory.
+        seed: of the sketch.
+
+    Attributes:
+        base: the wrapped optimizer. `param_groups`, `state` and `defaults` are its own.
+        history: a sequence of records, one for each snapshot.
+        seconds: time spent in here, without the steps of `base`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says what to pass.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 1)
+        >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=3e-4))
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(4, 8)).square().mean()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+        >>> optimizer.scales[0] > 1
+        True
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        *,
+        mode: str = "auto",
+        window: int = 10,
+        interval: int | str = "auto",
+        sketch_dim: int | None = 16_384,
+        target: float = 1.0,
+        max_scale: float = 64.0,
+        min_scale: float | None = None,
+        granularity: str = "global",
+        controller: Controller | None = None,
+        log_to: str | PathLike[str] | None = None,
+        history_size: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        _check_base(base)
+        arguments.choice("mode", mode, tuple(MODES))
+        arguments.choice("granularity", granularity, layout.GRANULARITIES)
+        low, start, may_raise = MODES[mode]
+        window = arguments.integer(
+            "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
+        )
+        if isinstance(interval, str):
+            arguments.choice("interval", interval, ("auto",))
+        else:
+            arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
+        if sketch_dim is not None:
+            arguments.integer(
+                "sketch_dim",
+                sketch_dim,
+                low=64,
+                high=CHUNK,
+                why="length of the sketch (None for exact updates)",
+            )
+        target = arguments.positive("target", target, why="the adiabaticity a* to steer to")
+        high = arguments.positive(
+            "max_scale", max_scale, low=1.0, why="the largest factor on the learning rate"
+        )
+        if min_scale is not None:
+            low = arguments.positive(
+                "min_scale", min_scale, high=1.0, why="the smallest factor on the learning rate"
+            )
+        arguments.integer("history_size", history_size, low=1, why="records kept in memory")
+        arguments.integer("seed", seed, low=0, why="seed of the sketch")
+        if controller is not None and not callable(controller):
+            raise TypeError(
+                f"controller={controller!r}: not callable; pass a function of an Observation"
+            )
+
+        self.base = base
+        self._interval_is_auto = interval == "auto"
+        self._interval = FIRST_INTERVAL if isinstance(interval, str) else int(interval)
+        self._steps = 0
+        self._next_snapshot = self._interval
+        self._observer = Observer(window, sketch_dim, granularity, seed)
+        self._steering = Steering(
+            None if mode == "observe" else controller or adiabatic_law,
+            low=low,
+            high=high if may_raise else 1.0,
+            start=max(start, low),
+            target=target,
+            window=window,
+            together=granularity == "global",
+        )
+        self._pending: tuple[Sighting, dict[str, Any]] | None = None
+        self._metrics: dict[str, float | Transfer] = {}
+        self._warned: set[str] = set()
+        self._started = time.time()
+        self.seconds = 0.0
+        self.history = History(
+            limit=history_size,
+            log_to=log_to,
+            header={
+                "base": type(base).__name__,
+                "mode": mode,
+                "interval": interval,
+                "target": target,
+                "min_scale": low,
+                "max_scale": high,
+                **self._observer.settings,
+            },
+        )
+        super().__init__()
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Perform one step of the wrapped optimizer, with the factors in force.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as for any torch optimizer.
+
+        Returns:
+            What the wrapped optimizer returns: the closure's loss, or None.
+        """
+        self._begin()
+        with scaled(self.base, *self._factors()):
+            loss: float | None = self.base.step(closure)
+        self._finish(loss)
+        return loss
+
+    def _begin(self) -> None:
+        if not self._observer.started:
+            with self._guarded("the first snapshot"):
+                self._observer.start(self.base)
+
+    def _factors(self) -> tuple[list[Scales], dict[int, Scales] | None]:
+        """The factors in force: by group, and by parameter when a group has several rows."""
+        observer, groups = self._observer, self.base.param_groups
+        by_group = [Scales()] * len(groups)
+        factors = [self._steering.scales(name) for name in observer.names]
+        if observer.settings["granularity"] != "block":
+            for group, factor in zip(observer.row_groups, factors, strict=True):
+                by_group[group] = factor
+            return by_group, None
+        if all(factor.neutral for factor in factors):
+            return by_group, None
+        rows = layout.rows(groups, "block")
+        return by_group, {
+            id(p): self._steering.scales(row.name) for row in rows for p in row.parameters
+        }
+
+    def _finish(self, loss: Any) -> None:
+        self._steps += 1
+        with self._guarded("a snapshot"):
+            if loss is not None:
+                self.log(loss=loss)
+            scales = [self._steering.scales(name) for name in self._observer.names]
+            self._observer.account(self.base, scales)
+            if self._steps < self._next_snapshot:
+                return
+            self._decide()
+            self._look(scales)
+            self._next_snapshot = self._steps + self._interval
+
+    def _look(self, scales: list[Scales]) -> None:
+        """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
+        if all(float(group["lr"]) == 0.0 for group in self.base.param_groups):
+            return
+        sighting = self._observer.look(self.base, self._steps, scales)
+        if sighting is not None:
+            self._pending = (sighting, self._metrics)
+            self._metrics = {}
+
+    def _decide(self) -> None:
+        if self._pending is None:
+            return
+        (sighting, waiting), self._pending = self._pending, None
+        metrics = {
+            name: float(value.result()) if isinstance(value, Transfer) else value
+            for name, value in waiting.items()
+        }
+        groups = self.base.param_groups
+        interval = self._interval
+        outcome = self._steering.decide(
+            sighting,
+            lrs=[float(groups[g]["lr"]) for g in self._observer.row_groups],
+            interval=interval,
+            loss=metrics.get("loss"),
+        )
+        if self._interval_is_auto and outcome.interval is not None:
+            self._interval = outcome.interval
+        clock = {
+            "seconds": time.time() - self._started,
+            "gapaware_seconds": self.seconds,
+            "interval": interval,
+        }
+        after = [self._steering.scales(name) for name in sighting.names]
+        self.history.append(record(sighting, outcome, after, metrics, clock))
+
+    # -- what a person sees ------------------------------------------------------------------------
+
+    def log(self, **metrics: float | Tensor) -> None:
+        """Attach values such as the loss to the next record of `history`.
+
+        A closure's loss is attached by itself. Tensors are read a snapshot later, so that a GPU does not
+        have to wait.
+
+        Example:
+            >>> optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+            >>> optimizer.log(loss=torch.tensor(0.5), accuracy=0.9)
+        """
+        for name, value in metrics.items():
+            if isinstance(value, Tensor):
+                self._metrics[name] = Transfer(value.detach().clone().reshape(()))
+            else:
+                self._metrics[name] = float(value)
+
+    @property
+    def scales(self) -> list[float]:
+        """The factor on the learning rate of each row: a parameter group, or a block."""
+        return [self._steering.scales(name).lr for name in self._observer.names]
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between snapshots now."""
+        return self._interval
+
+    def __repr__(self) -> str:
+        inner = repr(self.base).replace("\n", "\n  ")
+        return f"GapAware(\n  {inner}\n)"
+
+    # -- faults ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self, doing: str) -> Iterator[None]:
+        """Time what happens inside, and keep its exceptions from training."""
+        begun = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self._fault(doing, error)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+    def _fault(self, doing: str, error: Exception) -> None:
+        """Go on as the wrapped optimizer alone would, and say so."""
+        self._steering.release()
+        self._observer.restart()
+        self._pending = None
+        self._metrics = {}
+        self._next_snapshot = self._steps + self._interval
+        why = f"{doing}: {type(error).__name__}: {error}"
+        self.history.append(fault_record(self._steps, self._interval, why))
+        kind = f"{doing}: {type(error).__name__}"
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(
+                f"GapAware took its factors off at step {self._steps}, training goes on as with "
+                f"{type(self.base).__name__} alone: {why} (said once; later ones are in history)",
+                stacklevel=4,
+            )
+
+    # -- the torch.optim contract ----------------------------------------------------------------
+
+    @property
+    def wrapped(self) -> list[torch.optim.Optimizer]:
+        """The wrapped optimizer, in a list."""
+        return [self.base]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the wrapped optimizer."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The state of the wrapped optimizer."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the wrapped optimizer."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; the window starts anew at the next snapshot."""
+        self.base.add_param_group(param_group)
+
+    def __getattr__(self, name: str) -> Any:
+        # what other optimizers add to the interface, such as schedule-free's train() and eval()
+        if name.startswith("_") or "base" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def _save(self) -> dict[str, Any]:
+        pending = None
+        if self._pending is not None:
+            sighting, metrics = self._pending
+            pending = sighting.state_dict()
+            pending["metrics"] = {
+                name: float(value.result()) if isinstance(value, Transfer) else value
+                for name, value in metrics.items()
+            }
+        return {
+            **self.base.state_dict(),
+            "gapaware": {
+                "version": STATE_VERSION,
+                "steps": self._steps,
+                "interval": self._interval,
+                "next_snapshot": self._next_snapshot,
+                "seconds": self.seconds,
+                "observer": self._observer.state_dict(),
+                "steering": self._steering.state_dict(),
+                "history": self.history.state_dict(),
+                "pending": pending,
+            },
+        }
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        theirs = {key: value for key, value in state_dict.items() if key != "gapaware"}
+        ours = state_dict.get("gapaware")
+        # built aside first, so that a damaged state changes nothing
+        restored = None if ours is None else self._restored(ours)
+        self.base.load_state_dict(theirs)
+        if restored is not None:
+            self.__dict__.update(restored)
+        else:
+            self._observer.restart()
+            self._steering.restart()
+            self._pending = None
+            self._steps, self._next_snapshot = 0, self._interval
+
+    def _restored(self, ours: dict[str, Any]) -> dict[str, Any]:
+        """The attributes that a saved state describes."""
+        try:
+            version = ours["version"]
+            if version > STATE_VERSION:
+                raise ValueError(f"version {version}, this gapaware reads up to {STATE_VERSION}")
+            settings = self._observer.settings
+            observer, steering = Observer(**settings), copy(self._steering)
+            history = copy(self.history)
+            pending = None
+            steering.load_state_dict(ours["steering"])
+            history.load_state_dict(ours["history"])
+            if ours["observer"]["settings"] == settings:
+                observer.load_state_dict(ours["observer"])
+                if ours["pending"] is not None:
+                    metrics = {str(k): float(v) for k, v in ours["pending"]["metrics"].items()}
+                    pending = (Sighting.from_state_dict(ours["pending"]), metrics)
+            else:
+                warnings.warn(
+                    f"the state was saved with {ours['observer']['settings']}, this GapAware has "
+                    f"{settings}: factors are kept, the window starts empty",
+                    stacklevel=6,
+                )
+            return {
+                "_observer": observer,
+                "_steering": steering,
+                "history": history,
+                "_pending": pending,
+                "_steps": int(ours["steps"]),
+                "_interval": int(ours["interval"]) if self._interval_is_auto else self._interval,
+                "_next_snapshot": int(ours["next_snapshot"]),
+                "seconds": float(ours["seconds"]),
+            }
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"state_dict['gapaware'] cannot be read ({type(error).__name__}: {error}); nothing was "
+                "changed. Remove the key 'gapaware' to load the wrapped optimizer's state alone"
+            ) from error
+
+
+def _check_base(base: Any) -> None:
+    if isinstance(base, GapAware):
+        raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            f"base={type(base).__name__}: not a torch.optim.Optimizer; pass one that is built, such "
+            "as torch.optim.AdamW(model.parameters(), lr=3e-4)"
+        )
+    for number, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise ValueError(
+                f"base={type(base).__name__}: its parameter group {number} has no 'lr' to scale; "
+                "wrap an optimizer that has one"
+            )

@@ -1,0 +1,71 @@
+"""One record of the history: what was seen at a snapshot, what was decided and why."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gapaware.observer import Sighting
+from gapaware.scaling import Scales
+from gapaware.steering import Outcome
+
+
+def record(
+    sighting: Sighting,
+    outcome: Outcome,
+    after: Sequence[Scales],
+    metrics: Mapping[str, float],
+    clock: Mapping[str, float],
+) -> dict[str, Any]:
+    """Describe a snapshot in plain values.
+
+    Args:
+        sighting: the snapshot.
+        outcome: what came of it.
+        after: factors on each row from now on.
+        metrics: what was logged since the snapshot before; "loss" gets a place of its own.
+        clock: times and the interval.
+
+    Returns:
+        With the keys step, lr and lr_scaled (a value for each parameter group, before and after
+        scaling), scale (the factor during the update), next_scale (the one decided on),
+        weight_decay_scale, regime, decision, why and spectrum; scales by row when there are several
+        factors; loss and metrics where they were logged; and those of `clock`.
+    """
+    during = sighting.conditions[-1]
+    by_group: dict[int, tuple[float, float]] = {}
+    for group, lr, scale in zip(sighting.groups, during.lrs, during.scales, strict=True):
+        by_group.setdefault(group, (lr, scale))
+    seen = outcome.spectrum
+    described: dict[str, Any] = {
+        "step": sighting.step,
+        **clock,
+        "lr": [lr for lr, _ in by_group.values()],
+        "lr_scaled": [lr * scale for lr, scale in by_group.values()],
+        "scale": during.scales[0],
+        "next_scale": after[0].lr,
+        "weight_decay_scale": after[0].weight_decay,
+        "regime": seen.regime if seen else "undetermined",
+        "decision": outcome.action,
+        "why": outcome.why,
+        "spectrum": seen.as_record() if seen else None,
+    }
+    if outcome.several:
+        described["scales"] = dict(zip(sighting.names, during.scales, strict=True))
+    if "loss" in metrics:
+        described["loss"] = metrics["loss"]
+    others = {name: value for name, value in metrics.items() if name != "loss"}
+    if others:
+        described["metrics"] = others
+    return described
+
+
+def fault_record(step: int, interval: int, why: str) -> dict[str, Any]:
+    """Describe a fault after which the factors were taken off."""
+    return {
+        "step": step,
+        "interval": interval,
+        "scale": 1.0,
+        "regime": "undetermined",
+        "decision": "fault",
+        "why": why,
+        "spectrum": None,
+    }

@@ -1,0 +1,113 @@
+"""Scales on learning rate and weight decay that hold for one step of the wrapped optimizer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gapaware.delegation import leaves
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors on the hyperparameters of a parameter group for one step; 1 leaves them alone.
+
+    Attributes:
+        lr: on the learning rate. AdamW and Muon decay by lr × weight_decay, so it scales that too.
+        weight_decay: on the weight decay, on top of that.
+    """
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+
+    @property
+    def neutral(self) -> bool:
+        """Whether nothing is scaled."""
+        return self.lr == 1.0 and self.weight_decay == 1.0
+
+
+NEUTRAL = Scales()
+
+
+@contextmanager
+def scaled(
+    optimizer: torch.optim.Optimizer,
+    by_group: Sequence[Scales],
+    by_parameter: Mapping[int, Scales] | None = None,
+) -> Iterator[None]:
+    """Scale the hyperparameters of an optimizer's groups and put them back, whatever happens.
+
+    Neutral groups are not touched at all. Schedulers may overwrite or multiply `group["lr"]` between
+    steps and never see a scaled one.
+
+    Args:
+        optimizer: the wrapped one.
+        by_group: scales of each of its `param_groups`.
+        by_parameter: scales by `id(parameter)`, which then decide instead; the groups are divided for
+            the step, so that no copy of an update is needed.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> with scaled(sgd, [Scales(lr=8.0)]):
+        ...     sgd.param_groups[0]["lr"]
+        0.8
+        >>> sgd.param_groups[0]["lr"]
+        0.1
+    """
+    if by_parameter is not None:
+        with _divided(optimizer, by_parameter):
+            yield
+        return
+    kept = []
+    try:
+        for group, scales in zip(optimizer.param_groups, by_group, strict=True):
+            if not scales.neutral:
+                kept.append((group, _apply(group, scales)))
+        yield
+    finally:
+        for group, before in kept:
+            group.update(before)
+
+
+def _apply(group: dict[str, Any], scales: Scales) -> dict[str, Any]:
+    """Scale a group's values and return those that were there."""
+    before = {}
+    for key, factor in (("lr", scales.lr), ("weight_decay", scales.weight_decay)):
+        if factor != 1.0 and key in group:
+            before[key] = group[key]
+            # a tensor lr is replaced, not multiplied in place: a scheduler may hold the same tensor
+            group[key] = group[key] * factor
+    return before
+
+
+@contextmanager
+def _divided(
+    optimizer: torch.optim.Optimizer, by_parameter: Mapping[int, Scales]
+) -> Iterator[None]:
+    kept = [(leaf, leaf.param_groups) for leaf in leaves(optimizer)]
+    try:
+        for leaf, groups in kept:
+            leaf.param_groups = [part for group in groups for part in _parts(group, by_parameter)]
+        yield
+    finally:
+        for leaf, groups in kept:
+            leaf.param_groups = groups
+
+
+def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[dict[str, Any]]:
+    """Divide a group into one for each distinct scale; an undivided neutral group stays itself."""
+    chosen = [by_parameter.get(id(p), NEUTRAL) for p in group["params"]]
+    distinct = list(dict.fromkeys(chosen))
+    if distinct == [NEUTRAL] or not distinct:
+        return [group]
+    parts = []
+    for scales in distinct:
+        members = [i for i, own in enumerate(chosen) if own == scales]
+        part = {**group, "params": [group["params"][i] for i in members]}
+        if "param_names" in group:
+            part["param_names"] = [group["param_names"][i] for i in members]
+        _apply(part, scales)
+        parts.append(part)
+    return parts

@@ -1,0 +1,233 @@
+"""A linear random projection of the parameters, read once and never copied.
+
+An update's sketch is the difference of two sketches of the parameters, so the projection has to be
+linear, the same at every snapshot, rank and device, and needs no memory that grows with the model.
+
+`CountSketch` gives element i one sign and one bucket of `dim` (Charikar, Chen and Farach-Colton,
+2002). Inner products of sketches are unbiased estimates of inner products of what was sketched,
+with variance at most about 2/dim · ‖x‖²‖y‖². To read at memory speed the elements are taken in chunks:
+
+* chunk c is multiplied by a window, starting at an offset hashed from c, of one table of random
+  signs and added to an accumulator of `CHUNK` floats. Signs of one element in two chunks are then
+  independent, which one sign per row or per column would not be: such a sketch fails on low-rank and on
+  constant updates;
+* `CHUNK` is prime, so the columns or rows of a matrix do not fall on the same place again and again;
+* the accumulator is folded into `dim` buckets by a random permutation.
+
+Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a bucket's rounding
+error stays below about 1e-6 of its value, whatever the size of the model.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 131_071
+CHUNKS_PER_FLUSH = 64
+
+_SIGN_STREAM, _OFFSET_STREAM, _FLIP_STREAM, _BUCKET_STREAM = range(4)
+
+
+def counter_hash(counter: np.ndarray, *, seed: int, stream: int) -> np.ndarray:
+    """Hash counters to 64 random bits each, the same on every machine.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+
+    Args:
+        counter: integers, any shape.
+        seed: the user's seed.
+        stream: which of several independent streams to draw from.
+
+    Returns:
+        uint64, of the shape of `counter`.
+
+    Example:
+        >>> counter_hash(np.arange(2), seed=0, stream=0).dtype
+        dtype('uint64')
+    """
+    key = np.uint64((seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) % 2**64)
+    with np.errstate(over="ignore"):
+        z = (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def sign_table(seed: int) -> np.ndarray:
+    """Random signs ±1, shape (2·CHUNK,), float32; chunks use windows of length CHUNK of it."""
+    bits = counter_hash(np.arange(2 * CHUNK), seed=seed, stream=_SIGN_STREAM) >> np.uint64(63)
+    return 1.0 - 2.0 * bits.astype(np.float32)
+
+
+def chunk_offsets(chunks: np.ndarray, seed: int) -> np.ndarray:
+    """Where in the sign table the window of each chunk starts: integers in [0, CHUNK)."""
+    hashed = counter_hash(chunks, seed=seed, stream=_OFFSET_STREAM)
+    return (hashed % np.uint64(CHUNK)).astype(np.int64)
+
+
+def chunk_flips(chunks: np.ndarray, seed: int) -> np.ndarray:
+    """One more sign ±1 for each chunk, float64."""
+    bits = counter_hash(chunks, seed=seed, stream=_FLIP_STREAM) >> np.uint64(63)
+    return 1.0 - 2.0 * bits.astype(np.float64)
+
+
+def buckets(dim: int, seed: int) -> np.ndarray:
+    """The bucket in [0, dim) of each of the CHUNK places; every bucket gets as many, give or take one."""
+    order = np.argsort(counter_hash(np.arange(CHUNK), seed=seed, stream=_BUCKET_STREAM))
+    rank = np.empty(CHUNK, dtype=np.int64)
+    rank[order] = np.arange(CHUNK)
+    return rank % dim
+
+
+@lru_cache(maxsize=8)
+def _host_tables(dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(sign_table(seed)), torch.from_numpy(buckets(dim, seed))
+
+
+class CountSketch:
+    """A linear map R^P → R^dim for any P, defined by `dim` and `seed` alone.
+
+    Args:
+        dim: number of buckets, at most CHUNK. The relative error of a squared norm is about √(2/dim).
+        seed: of the hash. Sketches compare only with sketches of the same `dim` and `seed`.
+
+    Example:
+        >>> sketch = CountSketch(dim=4096, seed=0)
+        >>> x = torch.ones(50_000)
+        >>> norm = sketch([(x, 0)]).norm().item()
+        >>> abs(norm / x.norm().item() - 1) < 0.05
+        True
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        self.dim = dim
+        self.seed = seed
+        self._buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._offsets: list[int] = []
+        self._flips: list[float] = []
+
+    def __call__(
+        self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
+    ) -> Tensor:
+        """Sketch a vector that is given in pieces.
+
+        Args:
+            pieces: pairs (flat real tensor, place of its first element in the whole vector).
+                Pieces that are missing count as zeros, so sketches of shards add up.
+            device: where to work; the device of the first piece when None.
+
+        Returns:
+            float64, shape (dim,), on `device`.
+        """
+        pieces = list(pieces)
+        if device is None:
+            device = pieces[0][0].device if pieces else torch.device("cpu")
+        signs, bucket, low, high = self._workspace(device)
+        reach, since_flush = 0, 0
+        for flat, place in pieces:
+            chunk, start = divmod(place, CHUNK)
+            for part in _split(flat, CHUNK - start):
+                length = part.numel()
+                offset, flip = self._chunk(chunk)
+                # float64 parameters would lose what they are there for in a float32 sum
+                total = high if part.dtype == torch.float64 else low
+                total.narrow(0, start, length).addcmul_(
+                    part, signs.narrow(0, offset + start, length), value=flip
+                )
+                reach = max(reach, start + length)
+                chunk, start = chunk + 1, 0
+                since_flush += 1
+                if since_flush == CHUNKS_PER_FLUSH:
+                    high.narrow(0, 0, reach).add_(low.narrow(0, 0, reach))
+                    low.narrow(0, 0, reach).zero_()
+                    since_flush = 0
+        total = high.narrow(0, 0, reach)
+        total.add_(low.narrow(0, 0, reach))
+        folded = self._fold(high, bucket, reach)
+        total.zero_()
+        low.narrow(0, 0, reach).zero_()
+        return folded
+
+    def _chunk(self, chunk: int) -> tuple[int, float]:
+        if chunk >= len(self._offsets):
+            more = np.arange(len(self._offsets), 2 * chunk + 64)
+            self._offsets += chunk_offsets(more, self.seed).tolist()
+            self._flips += chunk_flips(more, self.seed).tolist()
+        return self._offsets[chunk], self._flips[chunk]
+
+    def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
+        if total.device.type == "cpu":
+            folded = total.new_zeros(self.dim)
+            return folded.index_add_(0, bucket.narrow(0, 0, reach), total.narrow(0, 0, reach))
+        # index_add_ on a GPU adds in any order; gathering gives the same bits on every run
+        return total.index_select(0, bucket).view(-1, self.dim).sum(0)
+
+    def _workspace(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if device not in self._buffers:
+            signs, bucket = _host_tables(self.dim, self.seed)
+            if device.type != "cpu":
+                bucket = _gather_order(bucket, self.dim)
+            self._buffers[device] = (
+                signs.to(device),
+                bucket.to(device),
+                torch.zeros(CHUNK, dtype=torch.float32, device=device),
+                torch.zeros(CHUNK + 1, dtype=torch.float64, device=device),
+            )
+        return self._buffers[device]
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"dim": self.dim, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(state["dim"], state["seed"])  # type: ignore[misc]
+
+
+class Identity:
+    """The exact counterpart of `CountSketch` for small models: the vector itself, in float64.
+
+    Args:
+        dim: length of the result; shorter vectors are filled up with zeros.
+
+    Example:
+        >>> Identity(dim=4)([(torch.tensor([1.0, 2.0]), 1)])
+        tensor([0., 1., 2., 0.], dtype=torch.float64)
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def __call__(
+        self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
+    ) -> Tensor:
+        """Lay out the pieces as one float64 vector of shape (dim,)."""
+        pieces = list(pieces)
+        if device is None:
+            device = pieces[0][0].device if pieces else torch.device("cpu")
+        whole = torch.zeros(self.dim, dtype=torch.float64, device=device)
+        for flat, place in pieces:
+            whole.narrow(0, place, flat.numel()).copy_(flat)
+        return whole
+
+
+def _split(flat: Tensor, first: int) -> Iterable[Tensor]:
+    if flat.numel() <= first:
+        return (flat,) if flat.numel() else ()
+    return (flat[:first], *flat[first:].split(CHUNK))
+
+
+def _gather_order(bucket: Tensor, dim: int) -> Tensor:
+    """Places sorted so that row r of a (rows, dim) view holds the r-th place of every bucket.
+
+    Places that do not exist point at element CHUNK, which is always zero.
+    """
+    rows = -(-CHUNK // dim)
+    order = torch.full((rows * dim,), CHUNK, dtype=torch.int64)
+    by_bucket = torch.argsort(bucket, stable=True)
+    sorted_bucket = bucket[by_bucket]
+    first = torch.searchsorted(sorted_bucket, torch.arange(dim))
+    nth = torch.arange(CHUNK) - first[sorted_bucket]
+    order[nth * dim + sorted_bucket] = by_bucket
+    return order

@@ -1,0 +1,182 @@
+"""From Gram matrices to factors on the hyperparameters: asks the controller, keeps what it answered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gapaware.controller import Controller, Observation, action, as_decision
+from gapaware.observer import Sighting
+from gapaware.scaling import NEUTRAL, Scales
+from gapaware.spectrum import Array, Spectrum, spectrum
+from gapaware.window import DECAY, UPDATE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a sighting.
+
+    Attributes:
+        spectrum: of the whole model's window; None while there are too few updates.
+        action: "raise", "hold" or "lower", of the row that changed most.
+        why: the controller's reason for it.
+        interval: steps to the next snapshot that the controller wants, or None.
+        several: whether each row has a factor of its own.
+    """
+
+    spectrum: Spectrum | None
+    action: str
+    why: str
+    interval: int | None
+    several: bool = False
+
+
+class Steering:
+    """The factors in force and the controller that moves them.
+
+    Args:
+        controller: None to observe only.
+        low: smallest factor on the learning rate.
+        high: largest factor.
+        start: first factor.
+        target: a*.
+        window: W.
+        together: one factor for the whole model instead of one for each row.
+    """
+
+    def __init__(
+        self,
+        controller: Controller | None,
+        *,
+        low: float,
+        high: float,
+        start: float,
+        target: float,
+        window: int,
+        together: bool,
+    ) -> None:
+        self._controller = controller
+        self._low, self._high, self._start = low, high, start
+        self._target = target
+        self._window = window
+        self._together = together
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the first factor and an empty memory."""
+        self._scales: dict[str, Scales] = {}
+        self._memory: dict[str, dict[str, Any]] = {}
+
+    def release(self) -> None:
+        """Take every factor off, until the controller sets one again."""
+        self._scales = dict.fromkeys([*self._scales, "all"], NEUTRAL)
+        self._memory = {}
+
+    def scales(self, row: str) -> Scales:
+        """The factors on a row now."""
+        name = "all" if self._together else row
+        return self._scales.get(name, Scales(self._start))
+
+    def decide(
+        self, sighting: Sighting, *, lrs: Sequence[float], interval: int, loss: float | None
+    ) -> Outcome:
+        """Compute the spectrum, ask the controller and keep its answer.
+
+        Args:
+            sighting: from the observer.
+            lrs: learning rate of each row now, before scaling.
+            interval: steps between snapshots now.
+            loss: the last one seen.
+
+        Raises:
+            ValueError: NaN or infinite updates, or a nonsensical answer of the controller.
+            Exception: whatever the controller raises.
+        """
+        gram = sighting.gram.result().numpy()
+        now = _Now(lrs, interval, loss)
+        whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
+        if self._controller is None:
+            return Outcome(whole.spectrum, "hold", "mode observe: nothing is scaled", None)
+        observations = [whole]
+        if not self._together:
+            observations = [
+                self._observation(sighting, gram, name, [row], now)
+                for row, name in enumerate(sighting.names)
+            ]
+        decided, largest, intervals = {}, (-1.0, "hold", ""), []
+        for observation in observations:
+            name = observation.row
+            before = self._scales.get(name, Scales(self._start))
+            decision = as_decision(self._controller(observation))
+            after = decision.scales(self._low, self._high)
+            decided[name] = (after, dict(decision.memory))
+            size = abs(np.log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
+            largest = max(largest, (size, action(before.lr, after.lr), decision.why))
+            if decision.interval is not None:
+                intervals.append(decision.interval)
+        # only now, so that an exception in one row leaves no row changed
+        for name, (after, memory) in decided.items():
+            self._scales[name], self._memory[name] = after, memory
+        return Outcome(
+            whole.spectrum,
+            largest[1],
+            largest[2],
+            min(intervals, default=None),
+            several=not self._together,
+        )
+
+    def _observation(
+        self, sighting: Sighting, gram: Array, name: str, rows: list[int], now: "_Now"
+    ) -> Observation:
+        chosen = gram[:, :, rows].sum(2)
+        separable = all(sighting.separable[row] for row in rows)
+        decay = chosen[DECAY, DECAY] if separable else None
+        cross = chosen[UPDATE, DECAY] if separable else None
+        lr = max(now.lrs[row] for row in rows)
+        scale = self._scales.get(name, Scales(self._start)).lr
+        return Observation(
+            step=sighting.step,
+            row=name,
+            spectrum=spectrum(
+                chosen[UPDATE, UPDATE],
+                lr=lr * scale,
+                window=self._window,
+                decay_gram=decay,
+                decay_cross=cross,
+            ),
+            gram=chosen[UPDATE, UPDATE],
+            decay_gram=decay,
+            decay_cross=cross,
+            lrs=np.array([max(c.lrs[row] for row in rows) for c in sighting.conditions]),
+            scales=np.array([c.scales[rows[0]] for c in sighting.conditions]),
+            spans=np.array([c.span for c in sighting.conditions], dtype=np.float64),
+            lr=lr,
+            scale=scale,
+            interval=now.interval,
+            min_scale=self._low,
+            max_scale=self._high,
+            target=self._target,
+            loss=now.loss,
+            memory=self._memory.get(name, {}),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factors in force and the controller's memory."""
+        return {
+            "scales": {name: [s.lr, s.weight_decay] for name, s in self._scales.items()},
+            "memory": {name: dict(memory) for name, memory in self._memory.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        scales = {str(n): Scales(float(lr), float(wd)) for n, (lr, wd) in state["scales"].items()}
+        memory = {str(n): dict(m) for n, m in state["memory"].items()}
+        self._scales, self._memory = scales, memory
+
+
+@dataclass(frozen=True)
+class _Now:
+    lrs: Sequence[float]
+    interval: int
+    loss: float | None

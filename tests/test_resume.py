@@ -1,0 +1,136 @@
+"""Saved in the middle of a run and loaded into new objects: the next 100 steps are the same."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from bases import BASES
+from models import mlp, same_parameters, train
+
+from gapaware import GapAware
+
+
+def build(base, **arguments):
+    model = mlp()
+    return model, GapAware(BASES[base](model), sketch_dim=512, **arguments)
+
+
+def through_a_file(state):
+    """What torch.save and a load with weights_only leave of a state."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("saved_at", "arguments"),
+    [
+        (1, {"interval": 3}),
+        (7, {"interval": 3, "window": 5}),
+        (50, {"interval": "auto", "mode": "escape", "target": 30.0}),
+        (51, {"interval": 2, "granularity": "block", "mode": "escape", "target": 30.0}),
+        (48, {"interval": 4, "mode": "retain", "granularity": "group"}),
+        (33, {"interval": 1, "sketch_dim": None}),
+    ],
+)
+def test_next_100_steps_are_bitwise_the_same(base, saved_at, arguments):
+    arguments = {"sketch_dim": 512, **arguments}
+    model, optimizer = build_with(base, arguments)
+    train(model, optimizer, saved_at)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    expected = train(model, optimizer, range(saved_at, saved_at + 100))
+
+    again, resumed = build_with(base, arguments)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert train(again, resumed, range(saved_at, saved_at + 100)) == expected
+    assert same_parameters(model, again)
+    assert resumed.scales == optimizer.scales
+    last, expected_last = resumed.history[-1], optimizer.history[-1]
+    for key in ("step", "scale", "decision", "spectrum", "interval"):
+        assert repr(last[key]) == repr(expected_last[key])  # repr, since NaN differs from itself
+    if "target" in arguments:  # otherwise a test of factors that never moved
+        assert max(resumed.scales) > 1
+
+
+def build_with(base, arguments):
+    model = mlp()
+    return model, GapAware(BASES[base](model), **arguments)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_alike_and_apart(duplicate):
+    model, optimizer = build("adamw", interval=2)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)  # puts a bound `step` on the optimizer
+    train(model, optimizer, 30)
+    twin, twin_optimizer = duplicate((model, optimizer))
+    assert train(twin, twin_optimizer, range(30, 60)) == train(model, optimizer, range(30, 60))
+    assert same_parameters(model, twin)
+
+
+def test_plain_adamw_checkpoint_loads_and_history_starts_empty():
+    alone = mlp()
+    adamw = BASES["adamw"](alone)
+    train(alone, adamw, 20)
+    model, optimizer = build("adamw", interval=2, mode="observe")
+    train(model, optimizer, 5)
+    model.load_state_dict(alone.state_dict())
+    optimizer.load_state_dict(through_a_file(adamw.state_dict()))
+    assert train(model, optimizer, range(20, 60)) == train(alone, adamw, range(20, 60))
+    assert optimizer.history[-1]["step"] <= 40
+
+
+def test_our_checkpoint_loads_into_plain_adamw():
+    model, optimizer = build("adamw", interval=2)
+    train(model, optimizer, 40)
+    alone = mlp()
+    alone.load_state_dict(model.state_dict())
+    adamw = BASES["adamw"](alone)
+    adamw.load_state_dict(through_a_file(optimizer.state_dict()))
+    adamw_of_ours = optimizer.base
+    assert train(alone, adamw, range(40, 60)) == train(model, adamw_of_ours, range(40, 60))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda ours: ours.pop("observer"),
+        lambda ours: ours["observer"].pop("last"),
+        lambda ours: ours["observer"].update(conditions=[1, 2]),
+        lambda ours: ours["steering"].update(scales={"all": "big"}),
+        lambda ours: ours.update(version=99),
+        lambda ours: ours.update(steps=None),
+    ],
+)
+def test_damaged_state_is_refused_whole(damage):
+    model, optimizer = build("adamw", interval=2)
+    train(model, optimizer, 30)
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damage(damaged["gapaware"])
+    other, receiving = build("adamw", interval=2)
+    train(other, receiving, 10)
+    before = copy.deepcopy(receiving.state_dict())
+    with pytest.raises(ValueError, match="nothing was changed"):
+        receiving.load_state_dict(damaged)
+    after = receiving.state_dict()
+    assert after["gapaware"]["steps"] == before["gapaware"]["steps"] == 10
+    assert torch.equal(
+        after["gapaware"]["observer"]["last"], before["gapaware"]["observer"]["last"]
+    )
+    for key, value in before["state"][0].items():
+        assert torch.equal(value, after["state"][0][key])
+
+
+def test_other_settings_keep_the_factor_and_start_the_window_anew():
+    model, optimizer = build("adamw", interval=1, mode="escape")
+    train(model, optimizer, 60)
+    twin = mlp()
+    other = GapAware(BASES["adamw"](twin), sketch_dim=512, window=5, interval=1, mode="escape")
+    with pytest.warns(UserWarning, match="the window starts empty"):
+        other.load_state_dict(optimizer.state_dict())
+    train(twin, other, range(60, 80))
+    assert len(other.history[-1]["spectrum"]["sigma"]) == 5
