@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gapaware.delegation import Delegating
+from gapaware.delegation import Delegating, all_or_nothing
 
 if TYPE_CHECKING:
     from gapaware.optimizer import GapAware
@@ -22,6 +22,7 @@ class Composite(Delegating):
         optimizers: at least one; no two may share a parameter.
 
     Raises:
+        TypeError: one of them is no optimizer, or a `GapAware`.
         ValueError: no optimizers, or a parameter in two of them.
 
     Example:
@@ -36,8 +37,20 @@ class Composite(Delegating):
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         if not optimizers:
             raise ValueError("optimizers=(): nothing to combine; pass at least one optimizer")
+        from gapaware.optimizer import GapAware
+
         owned: set[int] = set()
         for optimizer in optimizers:
+            if isinstance(optimizer, GapAware):
+                raise TypeError(
+                    "optimizers: one is a GapAware; combine the optimizers and wrap the whole, "
+                    "GapAware(Composite(...))"
+                )
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizers: {optimizer!r:.60} is not a torch.optim.Optimizer; pass optimizers "
+                    "that are built"
+                )
             mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if owned & mine:
                 raise ValueError(
@@ -85,22 +98,36 @@ class Composite(Delegating):
         """Add a group to the last optimizer, which for `muon` is AdamW and takes any tensor."""
         self.optimizers[-1].add_param_group(param_group)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        ours = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(group["params"]) for group in groups]
-        if ours != theirs:
-            raise ValueError(
-                f"state_dict: parameters per group are {theirs}, this optimizer has {ours}; build "
-                "it as it was built when the state was saved"
-            )
-        first = 0
+    def _save(self) -> dict[str, Any]:
+        state: dict[Any, Any] = {}
+        groups: list[dict[str, Any]] = []
         for optimizer in self.optimizers:
-            mine = groups[first : first + len(optimizer.param_groups)]
-            first += len(mine)
-            keys = {key for group in mine for key in group["params"]}
-            state = {key: value for key, value in state_dict["state"].items() if key in keys}
-            optimizer.load_state_dict({"state": state, "param_groups": mine})
+            # their parameters are numbered from 0 in each, here one after the other
+            first = sum(len(group["params"]) for group in groups)
+            theirs = optimizer.state_dict()
+            for key, value in theirs["state"].items():
+                state[key + first if isinstance(key, int) else key] = value
+            for group in theirs["param_groups"]:
+                groups.append({**group, "params": [key + first for key in group["params"]]})
+        return {"state": state, "param_groups": groups}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        with all_or_nothing(self):
+            groups = state_dict["param_groups"]
+            ours = [len(group["params"]) for group in self.param_groups]
+            theirs = [len(group["params"]) for group in groups]
+            if ours != theirs:
+                raise ValueError(
+                    f"state_dict: parameters per group are {theirs}, this optimizer has {ours}; "
+                    "build it as it was built when the state was saved"
+                )
+            first = 0
+            for optimizer in self.optimizers:
+                mine = groups[first : first + len(optimizer.param_groups)]
+                first += len(mine)
+                keys = {key for group in mine for key in group["params"]}
+                state = {key: value for key, value in state_dict["state"].items() if key in keys}
+                optimizer.load_state_dict({"state": state, "param_groups": mine})
 
 
 def muon(

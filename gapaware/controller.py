@@ -13,10 +13,12 @@ It is called once a snapshot and row, on the host, and what it wants to remember
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from gapaware.scaling import Scales
 from gapaware.spectrum import Array, Spectrum
@@ -122,9 +124,43 @@ def as_decision(answer: Any) -> Decision:
             raise ValueError(
                 f"controller returned {name}={factor}: a factor has to be finite and not negative"
             )
-    if answer.interval is not None and answer.interval < 1:
-        raise ValueError(f"controller returned interval={answer.interval}: it has to be 1 or more")
-    return answer
+    interval = answer.interval
+    if interval is not None and (not isinstance(interval, Integral) or interval < 1):
+        raise ValueError(f"controller returned interval={interval!r}: return an integer >= 1")
+    return replace(answer, memory={str(k): plain(v) for k, v in answer.memory.items()})
+
+
+def plain(value: Any) -> Any:
+    """A copy of a memory in Python's own numbers, strings, lists and dicts, as checkpoints need it.
+
+    `torch.load(weights_only=True)` would refuse a NumPy number, after the run that saved it has ended.
+
+    Raises:
+        TypeError: something else is in it.
+
+    Example:
+        >>> import numpy as np
+        >>> plain({"best": np.float64(0.5), "seen": (1, np.arange(2))})
+        {'best': 0.5, 'seen': [1, [0, 1]]}
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    raise TypeError(
+        f"controller returned {type(value).__name__} in its memory: keep numbers, strings, lists and "
+        "dicts there, so that a checkpoint can hold it"
+    )
 
 
 def action(before: float, after: float) -> str:

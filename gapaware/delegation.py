@@ -1,9 +1,24 @@
 """What an optimizer that is made of other optimizers has to do to be a `torch.optim.Optimizer`."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# as in torch.optim.Optimizer, a copy has no hooks: they are closures over the original
+_NOT_COPIED = (
+    "step",  # bound to the original by a scheduler
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 
 
 class Delegating(torch.optim.Optimizer):
@@ -29,10 +44,41 @@ class Delegating(torch.optim.Optimizer):
         return [leaf for optimizer in self.wrapped for leaf in leaves(optimizer)]
 
     def _save(self) -> dict[str, Any]:
-        return super().state_dict()
+        raise NotImplementedError("a subclass of Delegating defines _save")
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        raise NotImplementedError("a subclass of Delegating defines _load")
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Name the step for the profiler and run this optimizer's own hooks around it.
+
+        The hooks that are registered for all optimizers run in the steps of the wrapped ones: run here
+        too, one that changes gradients would change them twice.
+        """
+
+        @wraps(func)
+        def wrapper(self: "Delegating", *args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.profiler.record_function(
+                f"Optimizer.step#{type(self).__name__}.step"
+            ):
+                given: tuple[Any, ...] = (self, *args)
+                for before in self._optimizer_step_pre_hooks.values():
+                    replaced = before(self, given, kwargs)
+                    if replaced is None:
+                        continue
+                    if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                        raise RuntimeError(
+                            f"{func} must return None or a tuple of (new_args, new_kwargs), "
+                            f"but got {replaced}."
+                        )
+                    given, kwargs = replaced
+                result = func(*given, **kwargs)
+                for after in self._optimizer_step_post_hooks.values():
+                    after(self, given, kwargs)
+                return result
+
+        return wrapper
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def state_dict(self) -> dict[str, Any]:
@@ -48,7 +94,9 @@ class Delegating(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; hooks run around it."""
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict={state_dict!r:.60}: pass what state_dict() returned")
+        state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -57,8 +105,7 @@ class Delegating(torch.optim.Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a scheduler puts a bound `step` on the instance; a copy that kept it would step the original
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
 
     # GradScaler hands a fused optimizer the scale and the overflow flag as attributes and deletes them
     # after the step.
@@ -103,3 +150,48 @@ class Delegating(torch.optim.Optimizer):
 def leaves(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers at the bottom of a tree of wrappers, in the order of their groups."""
     return optimizer.leaves() if isinstance(optimizer, Delegating) else [optimizer]
+
+
+@contextmanager
+def all_or_nothing(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Load a state into an optimizer; what cannot be loaded is a ValueError and changes nothing.
+
+    Args:
+        optimizer: with its leaves, what is put back. torch's loading replaces the containers of state
+            and groups, so keeping the old ones is enough.
+
+    Raises:
+        ValueError: the load raised, or left a group without a learning rate.
+    """
+    before = [
+        (leaf, dict(leaf.__dict__), [(group, dict(group)) for group in leaf.param_groups])
+        for leaf in leaves(optimizer)
+    ]
+    try:
+        yield
+        for number, group in enumerate(optimizer.param_groups):
+            if not is_number(group.get("lr")):
+                raise ValueError(f"its parameter group {number} has lr={group.get('lr')!r:.60}")
+        for value in optimizer.state.values():
+            if not isinstance(value, dict):
+                raise ValueError(f"the state of a parameter is {value!r:.60}, no dict")
+    except Exception as error:
+        for leaf, attributes, groups in before:
+            leaf.__dict__.clear()
+            leaf.__dict__.update(attributes)
+            for group, values in groups:
+                group.clear()
+                group.update(values)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"state_dict cannot be loaded into {type(optimizer).__name__} "
+            f"({type(error).__name__}: {error}); nothing was changed"
+        ) from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, or a tensor with one, as learning rates and losses are."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)

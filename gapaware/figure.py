@@ -116,20 +116,12 @@ def _mark_faults(ax: Axes, records: Sequence[Record], *, labelled: bool) -> None
     for step in steps:
         ax.axvline(step, 0, height, color=RED, linewidth=0.9, linestyle=style)
     if steps and labelled:
-        ax.annotate(
-            "fault" if len(steps) == 1 else f"{len(steps)} faults",
-            (steps[0], 1),
-            (3, -2),
-            xycoords=ax.get_xaxis_transform(),
-            textcoords="offset points",
-            va="top",
-            fontsize=_LABEL_POINTS,
-            color=RED,
-        )
+        text = "1 fault" if len(steps) == 1 else f"{len(steps)} faults"
+        ax.set_title(text, loc="right", fontsize=_LABEL_POINTS, color=RED)
 
 
 def _title(ax: Axes, name: str, subtitle: str) -> None:
-    lines = textwrap.wrap(subtitle, 95, max_lines=2, placeholder=" ...")
+    lines = textwrap.wrap(subtitle, 88, max_lines=2, placeholder=" ...")
     ax.set_title("\n".join(lines), loc="left", fontsize=8, color="#666666")
     if name:
         ax.annotate(
@@ -151,7 +143,7 @@ def _finish(ax: Axes) -> None:
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(color=GREY, labelcolor=INK, labelsize=9)
     ax.margins(x=0.01)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     low, high = ax.get_ylim()
     if ax.get_yscale() != "log":
         ax.yaxis.set_major_locator(MaxNLocator(4))

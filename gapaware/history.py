@@ -88,6 +88,10 @@ class History(Sequence[Record]):
         if self._log is not None:
             self._log.write(plain, self._header())
 
+    def fresh(self) -> History:
+        """An empty history of another run, with the same limit and log."""
+        return History(self.limit, self.log_to, self._settings)
+
     def column(self, name: str) -> list[Any]:
         """One value per record; see the module's `column`."""
         return column(self._records, name)

@@ -5,12 +5,14 @@ Gram matrix of the whole model is the sum over the rows.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gapaware.distributed import Sharing, local_pieces
 
 GRANULARITIES = ("global", "group", "block")
 
@@ -31,13 +33,21 @@ class Row:
     parameters: tuple[Tensor, ...]
     size: int
 
-    def pieces(self) -> list[tuple[Tensor, int]]:
-        """The parameters as pairs (flat real tensor, place in the row), without copying them."""
-        place, pieces = 0, []
+    def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
+        """What this rank adds to the row's sketch, without copying more than a block at a time.
+
+        Args:
+            device: only the parameters there.
+            sharing: tells which of several equal copies counts.
+
+        Yields:
+            Pairs (flat real tensor, place in the row).
+        """
+        place = 0
         for parameter in self.parameters:
-            pieces.append((flat(parameter), place))
+            if parameter.device == device and sharing.counts(parameter):
+                yield from local_pieces(parameter, place)
             place += real_size(parameter)
-        return pieces
 
     def signature(self) -> tuple[str, int, int]:
         """What has to stay the same for two sketches of the row to be comparable."""
@@ -76,16 +86,8 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
 
 
 def real_size(parameter: Tensor) -> int:
-    """Number of real numbers in a parameter: a complex element has two."""
+    """Number of real numbers in a whole parameter: a complex element has two."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
-def flat(parameter: Tensor) -> Tensor:
-    """A parameter as a one-dimensional real tensor; a view wherever its memory order allows one."""
-    detached = parameter.detach()
-    if detached.is_complex():
-        detached = torch.view_as_real(detached)
-    return detached.reshape(-1)
 
 
 def _block(group: dict[str, Any], index: int) -> str:

@@ -11,10 +11,15 @@ from torch import Tensor
 from gapaware import layout
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
+from gapaware.distributed import Sharing, Unsupported, refuse, sharing
 from gapaware.scaling import Scales
 from gapaware.sketch import CountSketch, Identity
 from gapaware.transfer import Transfer
 from gapaware.window import Window
+
+
+class NotFinite(ValueError):
+    """NaN or infinity in the window; ranks that share a sketch all find it at the same snapshot."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class Sighting:
     conditions: tuple[Conditions, ...]
     separable: tuple[bool, ...]
 
+    def finite(self) -> bool:
+        """Whether the Gram matrices are without NaN and infinity; waits for them."""
+        return bool(self.gram.result().isfinite().all())
+
     def state_dict(self) -> dict[str, Any]:
         """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
         return {
@@ -70,6 +79,12 @@ class Sighting:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Sighting":
         """The sighting that `state_dict` described."""
+        rows, updates = len(state["names"]), len(state["conditions"])
+        if not (
+            len(state["groups"]) == len(state["separable"]) == rows
+            and state["gram"].shape == (2, 2, rows, updates, updates)
+        ):
+            raise ValueError("the parts of a sighting do not fit together")
         return cls(
             step=int(state["step"]),
             names=tuple(map(str, state["names"])),
@@ -85,6 +100,10 @@ class Observer:
 
     No parameter is kept between calls: FSDP2 and accelerate swap them under the optimizer. When the set
     of trainable parameters changes the window starts anew.
+
+    Where parameters are sharded, every rank calls `start` and `look` at the same steps, and each call adds
+    the ranks' sketches up once, even when a rank could not compute its own: it then adds NaN, and all ranks
+    find the same fault in the window at the next snapshot.
 
     Args:
         window: W.
@@ -109,6 +128,8 @@ class Observer:
 
     def restart(self) -> None:
         """Forget everything that was seen."""
+        self._trouble: Exception | None = None
+        self._spoilt = False
         self._signature: list[tuple[str, int, int]] = []
         self._row_groups: list[int] = []
         self._last: Tensor | None = None
@@ -132,8 +153,22 @@ class Observer:
         """The parameter group of each row, as of the last snapshot."""
         return self._row_groups
 
+    def spoil(self, error: Exception) -> None:
+        """Let a fault on this rank alone become one that every rank finds in the window."""
+        self._trouble, self._spoilt = error, True
+
+    def hint(self) -> str:
+        """What on this rank may have spoilt the window, for a message."""
+        error = self._trouble
+        return "" if error is None else f" after {type(error).__name__}: {error}"
+
     def start(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the first snapshot, before the first step."""
+        """Take the first snapshot, before the first step.
+
+        Raises:
+            Unsupported: see `distributed.refuse`.
+        """
+        refuse(optimizer)
         rows = layout.rows(optimizer.param_groups, self._granularity)
         if not rows:
             return
@@ -203,15 +238,25 @@ class Observer:
     def _snapshot(self, rows: Sequence[layout.Row]) -> Tensor:
         """The sketches of all rows, (rows, dim), on the device of the first parameter."""
         assert self._sketch is not None
-        home = rows[0].parameters[0].device
-        sketches = []
-        for row in rows:
-            by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
-            for piece in row.pieces():
-                by_device.setdefault(piece[0].device, []).append(piece)
-            parts = [self._sketch(pieces, device).to(home) for device, pieces in by_device.items()]
-            sketches.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
-        return torch.stack(sketches)
+        among = sharing(parameter for row in rows for parameter in row.parameters)
+        home = among.home(rows[0].parameters[0].device)
+        try:
+            if self._spoilt:
+                raise ValueError("this rank had a fault") from self._trouble
+            sketches = torch.stack([self._sketch_of(row, home, among) for row in rows])
+        except Exception as error:
+            if not among.ranks or isinstance(error, Unsupported):
+                raise
+            self._trouble = self._trouble or error
+            sketches = torch.full((len(rows), self._sketch.dim), float("nan"), device=home).double()
+        self._spoilt = False
+        return among.add_up(sketches)
+
+    def _sketch_of(self, row: layout.Row, home: torch.device, among: Sharing) -> Tensor:
+        assert self._sketch is not None
+        devices = dict.fromkeys(parameter.device for parameter in row.parameters)
+        parts = [self._sketch(row.pieces(device, among), device).to(home) for device in devices]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next snapshots depend on, as tensors, numbers and lists."""
@@ -239,3 +284,19 @@ class Observer:
             self._window = Window.from_state_dict(state["window"], self._last.device)
             if self.settings["sketch_dim"] is None:
                 self._sketch = Identity(self._last.shape[1])
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a state whose parts do not fit together, before it spoils a window."""
+        rows, size = len(self._signature), self._size + 1
+        fits = len(self._row_groups) == len(self._rates) == rows and self._span >= 0
+        fits = fits and all(len(c.lrs) == len(c.scales) == rows for c in self._conditions)
+        if self._last is None or self._window is None:
+            fits = fits and rows == len(self._conditions) == 0
+        else:
+            dim = self.settings["sketch_dim"] or max((s for _, _, s in self._signature), default=0)
+            fits = fits and self._last.shape == (rows, dim)
+            fits = fits and self._window.shape == (2, size, rows, dim)
+            fits = fits and len(self._conditions) == len(self._window)
+        if not fits:
+            raise ValueError("the parts of the observer's state do not fit together")

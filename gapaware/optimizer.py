@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gapaware import arguments, layout
 from gapaware.controller import Controller
-from gapaware.delegation import Delegating
+from gapaware.delegation import Delegating, all_or_nothing, is_number, leaves
+from gapaware.distributed import Unsupported, alone, is_first, refuse, sharing
 from gapaware.history import History
 from gapaware.law import adiabatic_law
-from gapaware.observer import Observer, Sighting
+from gapaware.observer import NotFinite, Observer, Sighting
 from gapaware.record import fault_record, record
 from gapaware.scaling import Scales, scaled
 from gapaware.sketch import CHUNK
@@ -101,7 +102,7 @@ class GapAware(Delegating):
         history_size: int = 1000,
         seed: int = 0,
     ) -> None:
-        _check_base(base)
+        _check_base(base, granularity)
         arguments.choice("mode", mode, tuple(MODES))
         arguments.choice("granularity", granularity, layout.GRANULARITIES)
         low, start, may_raise = MODES[mode]
@@ -139,6 +140,7 @@ class GapAware(Delegating):
         self._interval_is_auto = interval == "auto"
         self._interval = FIRST_INTERVAL if isinstance(interval, str) else int(interval)
         self._steps = 0
+        self._fresh = True
         self._next_snapshot = self._interval
         self._observer = Observer(window, sketch_dim, granularity, seed)
         self._steering = Steering(
@@ -151,13 +153,14 @@ class GapAware(Delegating):
             together=granularity == "global",
         )
         self._pending: tuple[Sighting, dict[str, Any]] | None = None
+        self._entrusted: dict[str, Any] | None = None
         self._metrics: dict[str, float | Transfer] = {}
         self._warned: set[str] = set()
         self._started = time.time()
         self.seconds = 0.0
         self.history = History(
             limit=history_size,
-            log_to=log_to,
+            log_to=log_to if is_first() else None,
             header={
                 "base": type(base).__name__,
                 "mode": mode,
@@ -184,16 +187,34 @@ class GapAware(Delegating):
         Returns:
             What the wrapped optimizer returns: the closure's loss, or None.
         """
-        self._begin()
-        with scaled(self.base, *self._factors()):
+        _refuse_capture()
+        if closure is None and self._is_rehearsal():
+            return self.base.step(closure)
+        with scaled(self.base, *self._begin()):
             loss: float | None = self.base.step(closure)
         self._finish(loss)
         return loss
 
-    def _begin(self) -> None:
-        if not self._observer.started:
-            with self._guarded("the first snapshot"):
+    def _begin(self) -> tuple[list[Scales], dict[int, Scales] | None]:
+        with self._guarded("the first snapshot"):
+            if self._fresh:
+                self._fresh = False
                 self._observer.start(self.base)
+            return self._factors()
+        return [Scales()] * len(self.base.param_groups), None
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is the step by which DCP creates the state of an optimizer that has none.
+
+        All its gradients and learning rates are zero, it moves nothing and is no step of the training.
+        """
+        groups = self.base.param_groups
+        for group in groups:
+            lr = group["lr"]
+            if (isinstance(lr, Tensor) and lr.is_cuda) or lr != 0:
+                return False
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return not self.base.state and not any(bool((g != 0).any()) for g in gradients)
 
     def _factors(self) -> tuple[list[Scales], dict[int, Scales] | None]:
         """The factors in force: by group, and by parameter when a group has several rows."""
@@ -213,41 +234,51 @@ class GapAware(Delegating):
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1
+        if self._entrusted is not None and not self._is_idle():
+            self._entrusted = None
+        interval = self._interval
+        scales = [self._steering.scales(name) for name in self._observer.names]
         with self._guarded("a snapshot"):
-            if loss is not None:
+            due = self._steps >= self._next_snapshot
+            if due:
+                self._observer.check()
+            if is_number(loss):
                 self.log(loss=loss)
-            scales = [self._steering.scales(name) for name in self._observer.names]
             self._observer.account(self.base, scales)
-            if self._steps < self._next_snapshot:
-                return
-            self._decide()
-            self._look(scales)
-            self._next_snapshot = self._steps + self._interval
+            if due:
+                self._decide()
+        if self._steps >= self._next_snapshot:
+            # ranks that share a sketch have to meet again even if only some of them could decide
+            pause = interval if self._is_shared() else self._interval
+            self._next_snapshot = self._steps + pause
+            with self._guarded("a snapshot"):
+                self._look(scales)
 
     def _look(self, scales: list[Scales]) -> None:
         """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
-        if all(float(group["lr"]) == 0.0 for group in self.base.param_groups):
+        if self._is_idle():
             return
         sighting = self._observer.look(self.base, self._steps, scales)
         if sighting is not None:
             self._pending = (sighting, self._metrics)
             self._metrics = {}
 
+    def _is_idle(self) -> bool:
+        return all(float(group["lr"]) == 0.0 for group in self.base.param_groups)
+
     def _decide(self) -> None:
         if self._pending is None:
             return
         (sighting, waiting), self._pending = self._pending, None
-        metrics = {
-            name: float(value.result()) if isinstance(value, Transfer) else value
-            for name, value in waiting.items()
-        }
+        metrics = _arrived(waiting)
         groups = self.base.param_groups
         interval = self._interval
         outcome = self._steering.decide(
             sighting,
             lrs=[float(groups[g]["lr"]) for g in self._observer.row_groups],
             interval=interval,
-            loss=metrics.get("loss"),
+            # of several processes each sees a loss of its own, and all have to decide alike
+            loss=metrics.get("loss") if alone() else None,
         )
         if self._interval_is_auto and outcome.interval is not None:
             self._interval = outcome.interval
@@ -299,10 +330,20 @@ class GapAware(Delegating):
         begun = time.perf_counter()
         try:
             yield
+        except Unsupported:
+            raise
         except Exception as error:
-            self._fault(doing, error)
+            if self._is_shared() and not isinstance(error, NotFinite):
+                # to go on alone would leave the other ranks waiting at the next snapshot
+                self._observer.spoil(error)
+            else:
+                self._fault(doing, error)
         finally:
             self.seconds += time.perf_counter() - begun
+
+    def _is_shared(self) -> bool:
+        parameters = (p for group in self.base.param_groups for p in group["params"])
+        return bool(sharing(p for p in parameters if p.requires_grad).ranks)
 
     def _fault(self, doing: str, error: Exception) -> None:
         """Go on as the wrapped optimizer alone would, and say so."""
@@ -310,6 +351,8 @@ class GapAware(Delegating):
         self._observer.restart()
         self._pending = None
         self._metrics = {}
+        if self._interval_is_auto:
+            self._interval = FIRST_INTERVAL
         self._next_snapshot = self._steps + self._interval
         why = f"{doing}: {type(error).__name__}: {error}"
         self.history.append(fault_record(self._steps, self._interval, why))
@@ -375,10 +418,7 @@ class GapAware(Delegating):
         if self._pending is not None:
             sighting, metrics = self._pending
             pending = sighting.state_dict()
-            pending["metrics"] = {
-                name: float(value.result()) if isinstance(value, Transfer) else value
-                for name, value in metrics.items()
-            }
+            pending["metrics"] = _arrived(metrics)
         return {
             **self.base.state_dict(),
             "gapaware": {
@@ -390,23 +430,40 @@ class GapAware(Delegating):
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
                 "history": self.history.state_dict(),
+                "metrics": _arrived(self._metrics),
                 "pending": pending,
             },
         }
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         theirs = {key: value for key, value in state_dict.items() if key != "gapaware"}
-        ours = state_dict.get("gapaware")
+        ours = state_dict.get("gapaware", self._entrusted)
         # built aside first, so that a damaged state changes nothing
         restored = None if ours is None else self._restored(ours)
-        self.base.load_state_dict(theirs)
+        with all_or_nothing(self.base):
+            self.base.load_state_dict(theirs)
+        self.history.close()
         if restored is not None:
             self.__dict__.update(restored)
         else:
             self._observer.restart()
             self._steering.restart()
-            self._pending = None
-            self._steps, self._next_snapshot = 0, self._interval
+            self._pending, self._metrics = None, {}
+            self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
+            # another run, whose steps begin at 0; a log of this one is left whole
+            self.history = self.history.fresh()
+
+    def load_own_state(self, own: dict[str, Any]) -> None:
+        """Restore `state_dict()["gapaware"]` alone, for checkpoints that keep it apart.
+
+        It outlasts a `load_state_dict` without it that comes before the next step, whichever of the two
+        a checkpoint restores first. See `gapaware.checkpoint.OwnState`.
+
+        Raises:
+            ValueError: the state cannot be read; nothing was changed.
+        """
+        self.__dict__.update(self._restored(own))
+        self._entrusted = own
 
     def _restored(self, ours: dict[str, Any]) -> dict[str, Any]:
         """The attributes that a saved state describes."""
@@ -414,17 +471,25 @@ class GapAware(Delegating):
             version = ours["version"]
             if version > STATE_VERSION:
                 raise ValueError(f"version {version}, this gapaware reads up to {STATE_VERSION}")
+            counts = {
+                name: arguments.integer(name, ours[name], low=low, why="a number of steps")
+                for name, low in (("steps", 0), ("interval", 1), ("next_snapshot", 0))
+            }
             settings = self._observer.settings
             observer, steering = Observer(**settings), copy(self._steering)
             history = copy(self.history)
             pending = None
             steering.load_state_dict(ours["steering"])
             history.load_state_dict(ours["history"])
-            if ours["observer"]["settings"] == settings:
+            same_settings = ours["observer"]["settings"] == settings
+            if same_settings:
                 observer.load_state_dict(ours["observer"])
                 if ours["pending"] is not None:
                     metrics = {str(k): float(v) for k, v in ours["pending"]["metrics"].items()}
                     pending = (Sighting.from_state_dict(ours["pending"]), metrics)
+                groups = len(self.base.param_groups)
+                if not all(0 <= group < groups for group in observer.row_groups):
+                    raise ValueError(f"rows of parameter groups {observer.row_groups}, of {groups}")
             else:
                 warnings.warn(
                     f"the state was saved with {ours['observer']['settings']}, this GapAware has "
@@ -435,10 +500,12 @@ class GapAware(Delegating):
                 "_observer": observer,
                 "_steering": steering,
                 "history": history,
+                "_metrics": {str(k): float(v) for k, v in ours["metrics"].items()},
                 "_pending": pending,
-                "_steps": int(ours["steps"]),
-                "_interval": int(ours["interval"]) if self._interval_is_auto else self._interval,
-                "_next_snapshot": int(ours["next_snapshot"]),
+                "_steps": counts["steps"],
+                "_fresh": counts["steps"] == 0 or not same_settings,
+                "_interval": counts["interval"] if self._interval_is_auto else self._interval,
+                "_next_snapshot": counts["next_snapshot"],
                 "seconds": float(ours["seconds"]),
             }
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
@@ -448,7 +515,28 @@ class GapAware(Delegating):
             ) from error
 
 
-def _check_base(base: Any) -> None:
+def _arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:
+    """Logged values as numbers; waits for those that are still on a device."""
+    return {
+        name: float(value.result()) if isinstance(value, Transfer) else value
+        for name, value in metrics.items()
+    }
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise Unsupported(
+            "GapAware.step() in a CUDA graph: the graph would repeat the factors of this moment for "
+            "ever; capture the forward and backward pass alone and call step() after each replay"
+        )
+
+
+def _check_base(base: Any, granularity: str) -> None:
+    if type(base).__module__.startswith("deepspeed.runtime"):
+        raise Unsupported(
+            f"base={type(base).__name__}: DeepSpeed partitions the parameters and does not tell which "
+            "elements a partition holds; use torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
     if isinstance(base, GapAware):
         raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
     if not isinstance(base, torch.optim.Optimizer):
@@ -456,9 +544,25 @@ def _check_base(base: Any) -> None:
             f"base={type(base).__name__}: not a torch.optim.Optimizer; pass one that is built, such "
             "as torch.optim.AdamW(model.parameters(), lr=3e-4)"
         )
+    refuse(base)
     for number, group in enumerate(base.param_groups):
-        if "lr" not in group:
+        if not is_number(group.get("lr")):
             raise ValueError(
-                f"base={type(base).__name__}: its parameter group {number} has no 'lr' to scale; "
-                "wrap an optimizer that has one"
+                f"base={type(base).__name__}: its parameter group {number} has "
+                f"lr={group.get('lr')!r}, no number to scale; wrap an optimizer that is given its lr"
             )
+        if group.get("differentiable"):
+            raise ValueError(
+                f"base={type(base).__name__}: differentiable=True differentiates through the learning "
+                "rate, which GapAware replaces while it steps; pass differentiable=False"
+            )
+    for leaf in leaves(base) if granularity == "block" else ():
+        if isinstance(leaf, torch.optim.LBFGS) or _holds_an_optimizer(leaf):
+            raise ValueError(
+                f"granularity='block': {type(leaf).__name__} cannot have its parameter groups divided "
+                "into blocks for a step; pass granularity='group'"
+            )
+
+
+def _holds_an_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    return any(isinstance(held, torch.optim.Optimizer) for held in vars(optimizer).values())

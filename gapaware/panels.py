@@ -145,7 +145,8 @@ def paint_scale(ax: Axes, records: Sequence[Record]) -> Labels:
     drawn = np.concatenate([values[np.isfinite(values)] for values in (scale, decay, blocks)])
     _show(ax, min(drawn.min(initial=1) / 1.2, 0.5), max(drawn.max(initial=1) * 1.2, 2))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:g}"))
-    return [*labels, (_last(scale), "lr", INK)] if labels else []
+    own = "first block" if blocks.ndim == 2 else "lr"
+    return [*labels, (_last(scale), own, INK)] if labels else []
 
 
 def paint_lr(ax: Axes, records: Sequence[Record]) -> Labels:
@@ -235,5 +236,7 @@ def _show(ax: Axes, low: float, high: float) -> None:
 
 
 def _say(ax: Axes, text: str) -> Labels:
+    if ax.get_autoscaley_on():  # no panel that shares the axis has values either
+        ax.tick_params(left=False, labelleft=False)
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=DUSK)
     return []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gapaware.delegation import leaves
+from gapaware.delegation import is_number, leaves
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,25 @@ def scaled(
     kept = []
     try:
         for group, scales in zip(optimizer.param_groups, by_group, strict=True):
-            if not scales.neutral:
-                kept.append((group, _apply(group, scales)))
+            kept += [(group, *change) for change in _apply(group, scales)]
         yield
     finally:
-        for group, before in kept:
-            group.update(before)
+        for group, key, factor, before, during in kept:
+            # written during the step, by a hook with a scheduler or the optimizer itself
+            changed = group[key] is not during
+            group[key] = group[key] / factor if changed else before
 
 
-def _apply(group: dict[str, Any], scales: Scales) -> dict[str, Any]:
-    """Scale a group's values and return those that were there."""
-    before = {}
+def _apply(group: dict[str, Any], scales: Scales) -> list[tuple[str, float, Any, Any]]:
+    """Scale a group's values; return (key, factor, value before, value now) of what changed."""
+    changes = []
     for key, factor in (("lr", scales.lr), ("weight_decay", scales.weight_decay)):
-        if factor != 1.0 and key in group:
-            before[key] = group[key]
+        before: Any = group.get(key)
+        if factor != 1.0 and is_number(before):
             # a tensor lr is replaced, not multiplied in place: a scheduler may hold the same tensor
-            group[key] = group[key] * factor
-    return before
+            group[key] = before * factor
+            changes.append((key, factor, before, group[key]))
+    return changes
 
 
 @contextmanager
@@ -87,13 +89,18 @@ def _divided(
     optimizer: torch.optim.Optimizer, by_parameter: Mapping[int, Scales]
 ) -> Iterator[None]:
     kept = [(leaf, leaf.param_groups) for leaf in leaves(optimizer)]
+    divided = []
     try:
         for leaf, groups in kept:
-            leaf.param_groups = [part for group in groups for part in _parts(group, by_parameter)]
+            parts = [_parts(group, by_parameter) for group in groups]
+            divided += list(zip(groups, parts, strict=True))
+            leaf.param_groups = [part for some in parts for part in some]
         yield
     finally:
         for leaf, groups in kept:
             leaf.param_groups = groups
+        for group, some in divided:
+            _take_back(group, some[0])
 
 
 def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[dict[str, Any]]:
@@ -111,3 +118,10 @@ def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[di
         _apply(part, scales)
         parts.append(part)
     return parts
+
+
+def _take_back(group: dict[str, Any], part: dict[str, Any]) -> None:
+    """Keep what the optimizer wrote into a part of a group, such as a step count."""
+    for key, value in part.items():
+        if key not in ("params", "param_names", "lr", "weight_decay"):
+            group[key] = value

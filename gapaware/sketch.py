@@ -122,8 +122,8 @@ class CountSketch:
         Returns:
             float64, shape (dim,), on `device`.
         """
-        pieces = list(pieces)
         if device is None:
+            pieces = list(pieces)
             device = pieces[0][0].device if pieces else torch.device("cpu")
         signs, bucket, low, high = self._workspace(device)
         reach, since_flush = 0, 0
@@ -203,8 +203,8 @@ class Identity:
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
     ) -> Tensor:
         """Lay out the pieces as one float64 vector of shape (dim,)."""
-        pieces = list(pieces)
         if device is None:
+            pieces = list(pieces)
             device = pieces[0][0].device if pieces else torch.device("cpu")
         whole = torch.zeros(self.dim, dtype=torch.float64, device=device)
         for flat, place in pieces:

@@ -1,12 +1,12 @@
 """From Gram matrices to factors on the hyperparameters: asks the controller, keeps what it answered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gapaware.controller import Controller, Observation, action, as_decision
+from gapaware.controller import Controller, Decision, Observation, action, as_decision, plain
 from gapaware.observer import Sighting
 from gapaware.scaling import NEUTRAL, Scales
 from gapaware.spectrum import Array, Spectrum, spectrum
@@ -57,7 +57,8 @@ class Steering:
         together: bool,
     ) -> None:
         self._controller = controller
-        self._low, self._high, self._start = low, high, start
+        self._low, self._high = low, high
+        self._start = Scales(start)
         self._target = target
         self._window = window
         self._together = together
@@ -66,17 +67,18 @@ class Steering:
     def restart(self) -> None:
         """Go back to the first factor and an empty memory."""
         self._scales: dict[str, Scales] = {}
-        self._memory: dict[str, dict[str, Any]] = {}
+        self._memory: dict[str, Mapping[str, Any]] = {}
+        self._undecided = self._start
 
     def release(self) -> None:
         """Take every factor off, until the controller sets one again."""
-        self._scales = dict.fromkeys([*self._scales, "all"], NEUTRAL)
-        self._memory = {}
+        self._scales, self._memory = {}, {}
+        self._undecided = NEUTRAL
 
     def scales(self, row: str) -> Scales:
         """The factors on a row now."""
         name = "all" if self._together else row
-        return self._scales.get(name, Scales(self._start))
+        return self._scales.get(name, self._undecided)
 
     def decide(
         self, sighting: Sighting, *, lrs: Sequence[float], interval: int, loss: float | None
@@ -107,14 +109,14 @@ class Steering:
         decided, largest, intervals = {}, (-1.0, "hold", ""), []
         for observation in observations:
             name = observation.row
-            before = self._scales.get(name, Scales(self._start))
+            before = self.scales(name)
             decision = as_decision(self._controller(observation))
             after = decision.scales(self._low, self._high)
-            decided[name] = (after, dict(decision.memory))
+            decided[name] = (after, decision.memory)
             size = abs(np.log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
             largest = max(largest, (size, action(before.lr, after.lr), decision.why))
             if decision.interval is not None:
-                intervals.append(decision.interval)
+                intervals.append(int(decision.interval))
         # only now, so that an exception in one row leaves no row changed
         for name, (after, memory) in decided.items():
             self._scales[name], self._memory[name] = after, memory
@@ -134,7 +136,7 @@ class Steering:
         decay = chosen[DECAY, DECAY] if separable else None
         cross = chosen[UPDATE, DECAY] if separable else None
         lr = max(now.lrs[row] for row in rows)
-        scale = self._scales.get(name, Scales(self._start)).lr
+        scale = self.scales(name).lr
         return Observation(
             step=sighting.step,
             row=name,
@@ -165,14 +167,26 @@ class Steering:
         """The factors in force and the controller's memory."""
         return {
             "scales": {name: [s.lr, s.weight_decay] for name, s in self._scales.items()},
+            "undecided": [self._undecided.lr, self._undecided.weight_decay],
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        scales = {str(n): Scales(float(lr), float(wd)) for n, (lr, wd) in state["scales"].items()}
-        memory = {str(n): dict(m) for n, m in state["memory"].items()}
-        self._scales, self._memory = scales, memory
+        """Restore what `state_dict` returned; a factor out of today's bounds goes to the bound.
+
+        Raises:
+            ValueError: a factor is negative or not finite.
+            Exception: the state is not made by `state_dict`.
+        """
+        scales = {str(name): self._bounded(*pair) for name, pair in state["scales"].items()}
+        memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
+        undecided = self._bounded(*state["undecided"])
+        self._scales, self._memory, self._undecided = scales, memory, undecided
+
+    def _bounded(self, lr: float, weight_decay: float) -> Scales:
+        return as_decision(Decision(lr, weight_decay_scale=weight_decay)).scales(
+            self._low, self._high
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class Transfer:
         else:
             self._host = tensor.to("cpu")
 
+    def __getstate__(self) -> dict[str, Tensor | None]:
+        # an event belongs to its process and cannot be copied
+        return {"_host": self.result(), "_arrived": None}
+
     def result(self) -> Tensor:
         """The tensor on the host, once it is there."""
         if self._arrived is not None:

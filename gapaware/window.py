@@ -44,6 +44,11 @@ class Window:
     def __len__(self) -> int:
         return min(self.pushed, self.capacity)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(2, size + 1, rows, dim): updates and decay parts, the ring, the sketch."""
+        return tuple(self._ring.shape)
+
     def push(self, update: Tensor, decay: Tensor) -> None:
         """Add the newest update and forget the oldest.
 
@@ -84,8 +89,12 @@ class Window:
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Window":
         """The window that `state_dict` described, on `device`."""
         ring = state["ring"]
+        if ring.ndim != 4 or ring.shape[0] != 2:
+            raise ValueError(f"a window's ring of shape {tuple(ring.shape)}")
         window = cls(ring.shape[1] - 1, ring.shape[2], ring.shape[3], device)
         window.pushed = int(state["pushed"])
+        if window.pushed < 0 or state["gram"].shape != window._gram.shape:  # copy_ would broadcast
+            raise ValueError(f"{window.pushed} updates, Gram matrix {tuple(state['gram'].shape)}")
         window._ring.copy_(ring)
         window._gram.copy_(state["gram"])
         return window

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gapaware import GapAware, muon, reference
-from gapaware.layout import flat
 
 TOLERANCE = 0.02
 CONTEXT = 48
@@ -83,7 +82,7 @@ def test_spectrum_equals_svd_of_true_updates(run):
 
     def vector():
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        return torch.cat([flat(p) for p in trained if p.requires_grad]).double().numpy().copy()
+        return torch.cat([p.detach().flatten() for p in trained if p.requires_grad]).double().numpy().copy()
 
     places.append(vector())
     for _ in range(24):

@@ -1,0 +1,396 @@
+"""What each process of tests/test_distributed.py does: run by name, the results go to a file."""
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from gapaware import Decision, GapAware, Observation
+from gapaware.checkpoint import OwnState
+from gapaware.distributed import Unsupported, sharing
+from gapaware.layout import Row, real_size
+from gapaware.sketch import CountSketch
+
+STEPS, INTERVAL, DIM = 16, 2, 4096
+DECISIONS = ("raise", "hold", "lower")
+HIDDEN = 1501  # the middle matrix is longer than a chunk of the sketch, and nothing divides evenly
+
+
+def network(hidden: int = HIDDEN) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, 101), nn.Tanh(), nn.Linear(101, 2)
+    )
+
+
+def wrapped(model: nn.Module, **arguments: Any) -> GapAware:
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if "weight" in n], "weight_decay": 0.1},
+        {"params": [p for n, p in named if "weight" not in n], "weight_decay": 0.0},
+    ]
+    defaults = {
+        "window": 4,
+        "interval": INTERVAL,
+        "sketch_dim": DIM,
+        "granularity": "group",
+        "controller": law,
+    }
+    return GapAware(torch.optim.AdamW(groups, lr=1e-3), **{**defaults, **arguments})
+
+
+def law(observation: Observation) -> Decision:
+    """Smooth in what it sees, so that float error stays float error; remembers and counts."""
+    calls = observation.memory.get("calls", 0) + 1
+    scale = observation.scale
+    if observation.spectrum is not None:
+        scale *= min(max((1 / observation.spectrum.adiabaticity) ** 0.1, 0.5), 1.2)
+    return Decision(scale, interval=2 + calls % 2, memory={"calls": calls})
+
+
+def train(model: nn.Module, optimizer: GapAware, steps: range = range(STEPS)) -> list[int]:
+    """The same batch on every rank; returns the bytes of each collective that a `step` started."""
+    sent: list[int] = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 12, generator=generator)
+        loss = (model(x) - torch.stack((x[:, 0] * x[:, 1], x.sum(1).sin()), 1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        with collectives(sent):
+            optimizer.step()
+    return sent
+
+
+@contextlib.contextmanager
+def collectives(sent: list[int]) -> Iterator[None]:
+    """Note the bytes of every all-reduce; -1 for any other collective."""
+    original = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = noting
+    counter = CommDebugMode()
+    before = len(sent)
+    try:
+        with counter:
+            yield
+    finally:
+        dist.all_reduce = original
+    sent += [-1] * (counter.get_total_counts() - (len(sent) - before))
+
+
+def seen(optimizer: GapAware) -> dict[str, Any]:
+    """Everything that decisions are made from, and the decisions."""
+    state = optimizer.state_dict()["gapaware"]
+    return {
+        "last": state["observer"]["last"],
+        "gram": state["observer"]["window"]["gram"],
+        "signature": state["observer"]["signature"],
+        "steering": state["steering"],
+        "interval": optimizer.interval,
+        "scales": [r.get("next_scale") for r in optimizer.history],
+        "sigma": [
+            r["spectrum"] and r["spectrum"]["sigma"] for r in optimizer.history if "spectrum" in r
+        ],
+        "steps": [r["step"] for r in optimizer.history],
+        "faults": [r.get("why") for r in optimizer.history if r.get("decision") not in DECISIONS],
+    }
+
+
+def run(
+    shard: Callable[[nn.Module], nn.Module], hidden: int = HIDDEN, **arguments: Any
+) -> dict[str, Any]:
+    model = shard(network(hidden))
+    optimizer = wrapped(model, **arguments)
+    sent = train(model, optimizer)
+    return {**seen(optimizer), "sent": sent}
+
+
+def fsdp(model: nn.Module, **arguments: Any) -> nn.Module:
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **arguments)
+    return fully_shard(model, **arguments)
+
+
+# -- two processes --------------------------------------------------------------------------------
+
+
+def fully_sharded(folder: Path) -> Any:
+    return run(fsdp)
+
+
+def by_block(folder: Path) -> Any:
+    return run(fsdp, granularity="block", interval="auto")
+
+
+def exact(folder: Path) -> Any:
+    return run(fsdp, sketch_dim=None)
+
+
+def replicas(folder: Path) -> Any:
+    return run(DistributedDataParallel)
+
+
+def partly_sharded(folder: Path) -> Any:
+    def shard(model: nn.Module) -> nn.Module:
+        fully_shard(model[2])
+        return model
+
+    return run(shard)
+
+
+def other_sharding(folder: Path) -> list[str]:
+    """What refusing says, for each way to shard that cannot be observed."""
+    said = []
+
+    def attempt(build: Callable[[], Any]) -> None:
+        try:
+            build()
+        except Unsupported as error:
+            said.append(str(error))
+        else:
+            said.append("not refused")
+
+    for original in (True, False):
+        model = FullyShardedDataParallel(
+            network(), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        attempt(lambda m=model: GapAware(torch.optim.AdamW(m.parameters(), lr=1e-3)))
+    zero = ZeroRedundancyOptimizer(network().parameters(), torch.optim.AdamW, lr=1e-3)
+    attempt(lambda: GapAware(zero))
+    mesh = init_device_mesh("cpu", (2,))
+    partial = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    shard = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
+    attempt(lambda: GapAware(torch.optim.SGD([partial, shard], lr=0.1)).step())
+    return said
+
+
+def quietly(action: Callable[[], None]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in caught if "GapAware" in str(w.message)]
+
+
+def controller_fault(folder: Path) -> Any:
+    """A controller that raises on one rank only, as one that writes to a service would."""
+
+    def fragile(observation: Observation) -> Decision:
+        if dist.get_rank() == 1 and observation.step == 6:
+            raise ConnectionError("no answer")
+        return law(observation)
+
+    model = fsdp(network())
+    optimizer = wrapped(model, controller=fragile, interval="auto")
+    warned = quietly(lambda: train(model, optimizer))
+    return {**seen(optimizer), "warned": warned}
+
+
+def sketch_fault(folder: Path) -> Any:
+    model = fsdp(network())
+    optimizer = wrapped(model)
+    train(model, optimizer, range(5))
+    healthy = optimizer._observer._sketch
+
+    class Full(CountSketch):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            optimizer._observer._sketch = healthy
+            raise MemoryError("no memory on this rank")
+
+    if dist.get_rank() == 1:
+        optimizer._observer._sketch = Full(DIM, 0)
+    warned = quietly(lambda: train(model, optimizer, range(5, STEPS)))
+    return {**seen(optimizer), "warned": warned}
+
+
+def accounting_fault(folder: Path) -> Any:
+    """An exception between two snapshots, on one rank only."""
+    model = fsdp(network())
+    optimizer = wrapped(model)
+    train(model, optimizer, range(5))
+    if dist.get_rank() == 0:
+        optimizer._observer._rates = []
+    warned = quietly(lambda: train(model, optimizer, range(5, STEPS)))
+    return {**seen(optimizer), "warned": warned}
+
+
+def not_a_number(folder: Path) -> Any:
+    model = fsdp(network())
+    optimizer = wrapped(model)
+    train(model, optimizer, range(7))
+    if dist.get_rank() == 1:
+        model[2].weight.to_local().detach()[0, 0] = float("nan")
+    warned = quietly(lambda: train(model, optimizer, range(7, STEPS)))
+    return {**seen(optimizer), "warned": warned}
+
+
+def one_log(folder: Path) -> list[str]:
+    model = fsdp(network())
+    optimizer = wrapped(model, log_to=folder / "log" / "run.jsonl")
+    train(model, optimizer)
+    dist.barrier()
+    return sorted(path.name for path in (folder / "log").iterdir())
+
+
+def save(folder: Path) -> Any:
+    """Save in mid-window, and go on: what resumed runs have to reproduce."""
+    model = fsdp(network())
+    optimizer = wrapped(model)
+    train(model, optimizer, range(9))
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "gapaware": OwnState(optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder.parent / "saved")
+    train(model, optimizer, range(9, STEPS))
+    return seen(optimizer)
+
+
+# -- four processes -------------------------------------------------------------------------------
+
+
+def hybrid(folder: Path) -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return run(lambda model: fsdp(model, mesh=mesh))
+
+
+def two_dimensional(folder: Path) -> Any:
+    """FSDP x TP; the last layer is sharded by FSDP alone, on a slice of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def shard(model: nn.Module) -> nn.Module:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return fsdp(parallelize_module(model, mesh["tp"], plan), mesh=mesh["dp"])
+
+    return run(shard, hidden=1504)
+
+
+def columns(folder: Path) -> Any:
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter.ndim == 2 and parameter.shape[1] % 4 == 0 else 0)
+
+    return run(lambda model: fsdp(model, shard_placement_fn=place), hidden=1504)
+
+
+def pairs(folder: Path) -> Any:
+    """Two pairs of ranks, each with a whole model in two shards, that do not know of one another."""
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pair", "shard", "one"))
+    one_dimensional, two_dimensional = mesh["shard"], mesh["shard", "one"]
+    first = run(lambda model: fsdp(model, mesh=one_dimensional))
+
+    parameters = [
+        nn.Parameter(distribute_tensor(p.detach(), two_dimensional, [Shard(0), Replicate()]))
+        for p in network().parameters()
+    ]
+    optimizer = GapAware(torch.optim.SGD(parameters, lr=0.1), sketch_dim=DIM, interval=1, window=4)
+    sent: list[int] = []
+    for _ in range(6):
+        for parameter in parameters:
+            parameter.grad = parameter.detach().clone()
+        with collectives(sent):
+            optimizer.step()
+    return first, {**seen(optimizer), "sent": sent}
+
+
+def placements(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Sketches of sharded tensors beside those of the whole ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(), (3,), (7, 5), (300, 1000), (5, 6, 7), (3, 2, 3, 3)]
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        for shape in shapes:
+            whole = torch.randn(shape, generator=generator).to(dtype)
+            options = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+            for one in options:
+                for other in options:
+                    sharded = distribute_tensor(whole, mesh, [one, other])
+                    results[f"{dtype} {shape} {one} {other}"] = both_sketches(sharded, whole)
+    return results
+
+
+def both_sketches(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    sketch, found = CountSketch(64, seed=0), []
+    for tensor in tensors:
+        row = Row("row", 0, (tensor,), real_size(tensor))
+        among = sharing([tensor])
+        found.append(among.add_up(sketch(row.pieces(tensor.device, among), tensor.device)))
+    return tuple(found)
+
+
+def resume(folder: Path) -> Any:
+    return resumed(folder.parent / "saved", fsdp(network()))
+
+
+def resumed(saved: Path, model: nn.Module) -> Any:
+    """Load a checkpoint of two ranks on any number of ranks, and go on."""
+    optimizer = wrapped(model)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "gapaware": OwnState(optimizer),
+    }
+    dcp.load(state, checkpoint_id=saved)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, optimizer, range(9, STEPS))
+    return seen(optimizer)
+
+
+SCENARIOS = {
+    2: [
+        fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
+        sketch_fault, accounting_fault, not_a_number, one_log, save,
+    ],
+    4: [fully_sharded, hybrid, two_dimensional, columns, pairs, placements, resume],
+}  # fmt: skip
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    """The life of one process."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    results = {}
+    for scenario in SCENARIOS[ranks]:
+        try:
+            results[scenario.__name__] = scenario(folder)
+        except Exception:
+            results[scenario.__name__] = traceback.format_exc()
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()

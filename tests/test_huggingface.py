@@ -1,0 +1,360 @@
+"""GapAware in the real Trainer: factory, logs, checkpoints, bases."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs pip install 'gapaware[transformers]'")
+
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from gapaware import Composite, Decision, GapAware
+from gapaware.huggingface import GapAwareTrainer, GapAwareTrainerMixin, gapaware_of, optimizer
+
+ROWS = [{"input_ids": [(7 * i + j) % 50 for j in range(8)], "labels": i % 3} for i in range(64)]
+
+
+def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
+    set_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+
+
+def arguments(output: Any, **overrides: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 12,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**(settings | overrides))
+
+
+def trainer_for(
+    args: TrainingArguments,
+    cls: type[Trainer] = GapAwareTrainer,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> Trainer:
+    return cls(
+        model=tiny_bert(),
+        args=args,
+        train_dataset=ROWS,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer(args, **options),
+    )
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def doubling(observation: Any) -> Decision:
+    """A controller whose scale changes at each snapshot, so that a lost scale shows."""
+    return Decision(min(observation.scale * 2, 64.0), why="doubling")
+
+
+def by_group(observation: Any) -> Decision:
+    return Decision(2.0 if observation.row.endswith("0") else 8.0, why="by group")
+
+
+# -- the factory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_base_is_the_optimizer_that_the_trainer_would_have_built(tmp_path, optim):
+    args = arguments(tmp_path, optim=optim, adam_beta2=0.97, adam_epsilon=1e-7)
+    alone = Trainer(model=tiny_bert(), args=args, train_dataset=ROWS).create_optimizer()
+    wrapped = trainer_for(args, mode="observe").create_optimizer()
+
+    assert isinstance(wrapped, GapAware)
+    assert type(wrapped.base) is type(alone)
+
+    def settings(groups):
+        return [
+            {k: v for k, v in group.items() if k != "params"}
+            | {"shapes": [tuple(p.shape) for p in group["params"]]}
+            for group in groups
+        ]
+
+    assert settings(wrapped.param_groups) == settings(alone.param_groups)
+
+
+def test_biases_and_norms_do_not_decay(tmp_path):
+    args = arguments(tmp_path)
+    groups = trainer_for(args).create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+
+
+def test_adamw_whatever_optim_says(tmp_path):
+    args = arguments(tmp_path, optim="sgd")
+    built = trainer_for(args, base="adamw").create_optimizer()
+    assert type(built.base) is torch.optim.AdamW
+    assert built.param_groups[0]["lr"] == 1e-3
+    assert args.optim == "sgd"
+
+
+def test_muon_composite_uses_the_trainers_learning_rate(tmp_path):
+    args = arguments(tmp_path)
+    trainer = trainer_for(args, base="muon", mode="escape")
+    trainer.train()
+    wrapper = gapaware_of(trainer.optimizer)
+    assert isinstance(wrapper.base, Composite)
+    assert {type(o) for o in wrapper.leaves()} == {torch.optim.Muon, torch.optim.AdamW}
+    assert {group["initial_lr"] for group in wrapper.param_groups} == {1e-3}
+    assert all(
+        math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+    )
+
+
+def test_own_function_of_the_model(tmp_path):
+    def sgd(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    built = trainer_for(arguments(tmp_path), base=sgd, mode="retain").create_optimizer()
+    assert isinstance(built, GapAware)
+    assert type(built.base) is torch.optim.SGD
+
+
+def test_own_function_may_return_a_gapaware(tmp_path):
+    def wrapped(model):
+        return GapAware(torch.optim.SGD(model.parameters(), lr=0.1), mode="escape")
+
+    built = trainer_for(arguments(tmp_path), base=wrapped).create_optimizer()
+    assert isinstance(built, GapAware)
+    assert not isinstance(built.base, GapAware)
+    with pytest.raises(ValueError, match=r"mode: base returned a GapAware"):
+        trainer_for(arguments(tmp_path), base=wrapped, mode="retain").create_optimizer()
+
+
+@pytest.mark.parametrize("base", ["adam", 3, torch.optim.AdamW])
+def test_wrong_base_names_the_way_out(tmp_path, base):
+    with pytest.raises(ValueError, match=r"base=.*function of the model"):
+        optimizer(arguments(tmp_path), base=base)
+
+
+def test_unknown_option_is_refused_before_training(tmp_path):
+    with pytest.raises(TypeError, match="modus"):
+        optimizer(arguments(tmp_path), modus="auto")
+
+
+def test_deepspeed_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match=r"args\.deepspeed.*FSDP"):
+        optimizer(args)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def test_neutral_run_is_bit_for_bit_that_of_the_trainer_alone(tmp_path):
+    args = arguments(tmp_path, warmup_steps=3, lr_scheduler_type="cosine")
+    alone = Trainer(model=tiny_bert(), args=args, train_dataset=ROWS)
+    alone.train()
+    wrapped = trainer_for(args, mode="observe", interval=2)
+    wrapped.train()
+    assert torch.equal(weights(alone), weights(wrapped))
+    assert len(gapaware_of(wrapped.optimizer).history) > 0
+
+
+def test_plain_trainer_works_without_the_mixin(tmp_path):
+    args = arguments(tmp_path)
+    trainer = trainer_for(args, cls=Trainer, controller=doubling, interval=2)
+    trainer.train()
+    assert gapaware_of(trainer.optimizer).scales[0] > 1
+    assert not any("effective_learning_rate" in entry for entry in trainer.state.log_history)
+
+
+def test_mixin_leaves_other_optimizers_alone(tmp_path):
+    trainer = GapAwareTrainer(model=tiny_bert(), args=arguments(tmp_path), train_dataset=ROWS)
+    trainer.train()
+    assert gapaware_of(trainer.optimizer) is None
+    assert not any("effective_learning_rate" in entry for entry in trainer.state.log_history)
+
+
+# -- logs ----------------------------------------------------------------------------------------
+
+
+class Backend(TrainerCallback):
+    """What a logging backend such as TensorBoard is given."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_every_backend_gets_the_effective_learning_rate(tmp_path):
+    backend = Backend()
+    applied: list[float] = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            applied.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    args = arguments(tmp_path, lr_scheduler_type="linear")
+    trainer = trainer_for(
+        args,
+        base=lambda model: Spy(model.parameters(), lr=1e-2),
+        callbacks=[backend],
+        controller=doubling,
+        interval=2,
+    )
+    trainer.train()
+
+    logged = [logs for logs in backend.logs if "learning_rate" in logs]
+    assert [logs["effective_learning_rate"] for logs in logged] == pytest.approx(applied)
+    schedule = [1e-2 * (1 - step / 12) for step in range(12)]
+    assert [logs["learning_rate"] for logs in logged] == pytest.approx(schedule)
+    assert logged[0]["gapaware/scale"] == 1.0
+    assert logged[-1]["gapaware/scale"] > 1.0
+    names = {"plateau", "steady", "transition", "forgetting", "undetermined"}
+    assert {logs["gapaware/regime"] for logs in logged if "gapaware/regime" in logs} <= names
+    assert "gapaware/regime" in logged[-1]
+    assert not any("gapaware/scale_min" in logs for logs in logged)
+
+    history = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [e["effective_learning_rate"] for e in history] == pytest.approx(applied)
+
+
+def test_first_logged_scale_of_a_gentle_start(tmp_path):
+    trainer = trainer_for(arguments(tmp_path, max_steps=2), mode="retain")
+    trainer.train()
+    wrapper = gapaware_of(trainer.optimizer)
+    assert trainer.state.log_history[0]["gapaware/scale"] == wrapper.scales[0] < 1
+
+
+def test_scales_of_several_groups(tmp_path):
+    trainer = trainer_for(arguments(tmp_path), controller=by_group, granularity="group", interval=2)
+    trainer.train()
+    last = [e for e in trainer.state.log_history if "learning_rate" in e][-1]
+    assert last["gapaware/scale_min"] < last["gapaware/scale_max"]
+    assert last["gapaware/scale"] in (last["gapaware/scale_min"], last["gapaware/scale_max"])
+
+
+def test_loss_reaches_the_history_and_its_file(tmp_path):
+    log = tmp_path / "run.jsonl"
+    trainer = trainer_for(arguments(tmp_path), interval=1, mode="observe", log_to=log)
+    trainer.train()
+    logged = {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
+    records = list(gapaware_of(trainer.optimizer).history)
+    assert records
+    for record in records:
+        assert record["loss"] == pytest.approx(logged[record["step"]], abs=1e-3)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any("loss" in line for line in lines)
+
+
+def test_loss_of_accumulated_batches_is_the_loss_of_the_step(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=6)
+    trainer = trainer_for(args, interval=1, mode="observe")
+    trainer.train()
+    logged = {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
+    records = list(gapaware_of(trainer.optimizer).history)
+    assert records
+    for record in records:
+        assert record["loss"] == pytest.approx(logged[record["step"]], abs=1e-3)
+
+
+def test_mixin_in_front_of_another_trainer(tmp_path):
+    class Other(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    class Mixed(GapAwareTrainerMixin, Other):
+        pass
+
+    trainer = trainer_for(arguments(tmp_path, max_steps=3), cls=Mixed)
+    trainer.train()
+    assert "effective_learning_rate" in trainer.state.log_history[0]
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [None, "muon"])
+def test_resumed_run_ends_where_the_unbroken_one_does(tmp_path, base):
+    options = {"base": base, "controller": doubling, "interval": 2, "max_scale": 8.0}
+
+    def run(output, resume=None):
+        args = arguments(output, save_strategy="steps", save_steps=7, max_steps=14)
+        trainer = trainer_for(args, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    unbroken = run(tmp_path)
+    resumed = run(tmp_path / "again", resume=str(tmp_path / "checkpoint-7"))
+    assert torch.equal(weights(unbroken), weights(resumed))
+    ours, theirs = gapaware_of(unbroken.optimizer), gapaware_of(resumed.optimizer)
+    assert theirs.scales == ours.scales
+    assert theirs.scales[0] > 1
+    tail = [{k: r[k] for k in ("step", "scale", "regime", "loss")} for r in ours.history][-3:]
+    assert [{k: r[k] for k in ("step", "scale", "regime", "loss")} for r in theirs.history][
+        -3:
+    ] == tail
+
+
+def test_checkpoint_loads_with_weights_only(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=6, max_steps=6)
+    trainer_for(args, interval=2).train()
+    state = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert {"state", "param_groups"} <= set(state)
+
+
+# -- imports -------------------------------------------------------------------------------------
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.split(".")[0] == "transformers":
+            raise ImportError("no transformers here")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(sys.modules, "gapaware.huggingface")
+    with pytest.raises(ImportError, match=r"pip install 'gapaware\[transformers\]'"):
+        importlib.import_module("gapaware.huggingface")
+
+
+def test_old_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    monkeypatch.delitem(sys.modules, "gapaware.huggingface")
+    with pytest.raises(ImportError, match=r"4\.57\.1.*>= 5"):
+        importlib.import_module("gapaware.huggingface")
