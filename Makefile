@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 test: lint types
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/python -m coverage report
 
 lint: $(INSTALLED)

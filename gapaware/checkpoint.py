@@ -1,7 +1,7 @@
 """GapAware's own state as an entry of its own in a distributed checkpoint.
 
 `torch.distributed.checkpoint.state_dict` keeps `state` and `param_groups` of an optimizer, in terms of
-parameter names, and drops everything else. What GapAware adds to a state is the same on every rank and small.
+parameter names, and drops everything else. What GapAware adds to a state is small, and every rank has it.
 """
 
 import io

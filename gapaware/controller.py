@@ -40,7 +40,7 @@ class Observation:
         gram: inner products of the updates, (n, n).
         decay_gram: inner products of their weight-decay parts, (n, n); None where these are unknown.
         decay_cross: inner products of updates (rows) and decay parts (columns), (n, n), or None.
-        lrs: learning rate that the schedule gave during each update, before scaling.
+        lrs: mean learning rate that the schedule gave during each update, before scaling.
         scales: factor that was on it during each update.
         spans: optimizer steps in each update.
         lr: learning rate that the schedule gives now, before scaling; of several groups, the largest.
@@ -48,7 +48,9 @@ class Observation:
         interval: steps between snapshots now.
         min_scale: smallest factor that the user allows.
         max_scale: largest factor that the user allows.
-        target: the adiabaticity a* to steer to.
+        target: what the built-in laws steer to: a drift, in mode "retain" an adiabaticity.
+        window: W.
+        momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
         loss: last loss that was seen, or None.
         memory: `Decision.memory` of the last call, {} at first.
     """
@@ -68,6 +70,8 @@ class Observation:
     min_scale: float
     max_scale: float
     target: float
+    window: int
+    momentum_memory: int
     loss: float | None
     memory: Mapping[str, Any]
 

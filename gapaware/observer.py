@@ -19,12 +19,12 @@ from gapaware.window import Window
 
 
 class NotFinite(ValueError):
-    """NaN or infinity in the window; ranks that share a sketch all find it at the same snapshot."""
+    """NaN or infinity in a snapshot; ranks that share a sketch all find it at the same step."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what an update was made: lr of each row before scaling, its factor, and the steps."""
+    """Under what an update was made: mean lr of each row before scaling, its factor, and the steps."""
 
     lrs: tuple[float, ...]
     scales: tuple[float, ...]
@@ -60,10 +60,6 @@ class Sighting:
     gram: Transfer
     conditions: tuple[Conditions, ...]
     separable: tuple[bool, ...]
-
-    def finite(self) -> bool:
-        """Whether the Gram matrices are without NaN and infinity; waits for them."""
-        return bool(self.gram.result().isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
         """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
@@ -103,7 +99,7 @@ class Observer:
 
     Where parameters are sharded, every rank calls `start` and `look` at the same steps, and each call adds
     the ranks' sketches up once, even when a rank could not compute its own: it then adds NaN, and all ranks
-    find the same fault in the window at the next snapshot.
+    find the same fault at the next snapshot.
 
     Args:
         window: W.
@@ -128,7 +124,8 @@ class Observer:
 
     def restart(self) -> None:
         """Forget everything that was seen."""
-        self._trouble: Exception | None = None
+        self._sound: Transfer | None = None
+        self._trouble = ""
         self._spoilt = False
         self._signature: list[tuple[str, int, int]] = []
         self._row_groups: list[int] = []
@@ -136,6 +133,7 @@ class Observer:
         self._window: Window | None = None
         self._conditions: deque[Conditions] = deque(maxlen=self._size + 1)
         self._rates: list[float | None] = []
+        self._lr_sums: list[float] = []
         self._span = 0
 
     @property
@@ -154,13 +152,18 @@ class Observer:
         return self._row_groups
 
     def spoil(self, error: Exception) -> None:
-        """Let a fault on this rank alone become one that every rank finds in the window."""
-        self._trouble, self._spoilt = error, True
+        """Let a fault on this rank alone become one that every rank finds in the next snapshot."""
+        self._trouble, self._spoilt = f" after {type(error).__name__}: {error}", True
 
-    def hint(self) -> str:
-        """What on this rank may have spoilt the window, for a message."""
-        error = self._trouble
-        return "" if error is None else f" after {type(error).__name__}: {error}"
+    def check(self) -> None:
+        """Look at the last snapshot, which has arrived by now.
+
+        Raises:
+            NotFinite: it has NaN or infinity, from a parameter or because a rank had a fault.
+        """
+        if self._sound is None or bool(self._sound.result()):
+            return
+        raise NotFinite(f"NaN or infinity in the sketch of the parameters{self._trouble}")
 
     def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the first snapshot, before the first step.
@@ -179,10 +182,10 @@ class Observer:
         self._row_groups = [row.group for row in rows]
         self._last = self._snapshot(rows)
         self._window = Window(self._size, len(rows), self._sketch.dim, self._last.device)
-        self._rates = [0.0] * len(rows)
+        self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
 
     def account(self, optimizer: torch.optim.Optimizer, scales: Sequence[Scales]) -> None:
-        """Note one step of the optimizer: how much it decayed each row.
+        """Note one step of the optimizer: its learning rates and how much it decayed each row.
 
         Args:
             optimizer: the wrapped one, its groups unscaled.
@@ -193,9 +196,10 @@ class Observer:
         for row, number in enumerate(self._row_groups):
             leaf, group = groups[number]
             factor = scales[row]
-            lr = float(group["lr"]) * factor.lr
+            lr = float(group["lr"])
+            self._lr_sums[row] += lr
             decay = float(group.get("weight_decay", 0.0)) * factor.weight_decay
-            rate, so_far = decay_rate(leaf, group, lr, decay), self._rates[row]
+            rate, so_far = decay_rate(leaf, group, lr * factor.lr, decay), self._rates[row]
             self._rates[row] = None if rate is None or so_far is None else so_far + rate
 
     def look(
@@ -222,10 +226,11 @@ class Observer:
         rates = torch.tensor([rate or 0.0 for rate in self._rates], dtype=torch.float64)
         decay = last * -rates.to(now.device, non_blocking=True).unsqueeze(1)
         self._window.push(now - last, decay)
-        lrs = tuple(float(optimizer.param_groups[g]["lr"]) for g in self._row_groups)
+        lrs = tuple(total / max(self._span, 1) for total in self._lr_sums)
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
-        self._last, self._span, self._rates = now, 0, [0.0] * len(rows)
+        self._last, self._span = now, 0
+        self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
         return Sighting(
             step=step,
             names=tuple(row.name for row in rows),
@@ -241,16 +246,18 @@ class Observer:
         among = sharing(parameter for row in rows for parameter in row.parameters)
         home = among.home(rows[0].parameters[0].device)
         try:
-            if self._spoilt:
-                raise ValueError("this rank had a fault") from self._trouble
             sketches = torch.stack([self._sketch_of(row, home, among) for row in rows])
         except Exception as error:
             if not among.ranks or isinstance(error, Unsupported):
                 raise
-            self._trouble = self._trouble or error
-            sketches = torch.full((len(rows), self._sketch.dim), float("nan"), device=home).double()
+            self.spoil(error)
+            sketches = torch.empty(len(rows), self._sketch.dim, dtype=torch.float64, device=home)
+        if self._spoilt:
+            sketches.fill_(float("nan"))
         self._spoilt = False
-        return among.add_up(sketches)
+        among.add_up(sketches)
+        self._sound = Transfer(sketches.isfinite().all())
+        return sketches
 
     def _sketch_of(self, row: layout.Row, home: torch.device, among: Sharing) -> Tensor:
         assert self._sketch is not None
@@ -268,6 +275,7 @@ class Observer:
             "window": None if self._window is None else self._window.state_dict(),
             "conditions": [condition.as_list() for condition in self._conditions],
             "rates": list(self._rates),
+            "lr_sums": list(self._lr_sums),
             "span": self._span,
         }
 
@@ -277,10 +285,12 @@ class Observer:
         self._signature = [(str(n), int(c), int(s)) for n, c, s in state["signature"]]
         self._row_groups = [int(group) for group in state["row_groups"]]
         self._rates = [None if rate is None else float(rate) for rate in state["rates"]]
+        self._lr_sums = [float(total) for total in state["lr_sums"]]
         self._span = int(state["span"])
         self._conditions.extend(map(Conditions.from_list, state["conditions"]))
         if state["last"] is not None:
             self._last = state["last"].to(torch.float64).clone()
+            self._sound = Transfer(self._last.isfinite().all())
             self._window = Window.from_state_dict(state["window"], self._last.device)
             if self.settings["sketch_dim"] is None:
                 self._sketch = Identity(self._last.shape[1])
@@ -289,7 +299,8 @@ class Observer:
     def _check(self) -> None:
         """Refuse a state whose parts do not fit together, before it spoils a window."""
         rows, size = len(self._signature), self._size + 1
-        fits = len(self._row_groups) == len(self._rates) == rows and self._span >= 0
+        counts = {len(self._row_groups), len(self._rates), len(self._lr_sums)}
+        fits = counts == {rows} and self._span >= 0
         fits = fits and all(len(c.lrs) == len(c.scales) == rows for c in self._conditions)
         if self._last is None or self._window is None:
             fits = fits and rows == len(self._conditions) == 0

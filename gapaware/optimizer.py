@@ -16,7 +16,8 @@ from gapaware.controller import Controller
 from gapaware.delegation import Delegating, all_or_nothing, is_number, leaves
 from gapaware.distributed import Unsupported, alone, is_first, refuse, sharing
 from gapaware.history import History
-from gapaware.law import adiabatic_law
+from gapaware.modes import MODES
+from gapaware.momentum import interval_for, memory_steps
 from gapaware.observer import NotFinite, Observer, Sighting
 from gapaware.record import fault_record, record
 from gapaware.scaling import Scales, scaled
@@ -26,15 +27,6 @@ from gapaware.steering import Steering
 from gapaware.transfer import Transfer
 
 STATE_VERSION = 1
-FIRST_INTERVAL = 5
-
-# for each mode: smallest factor, first factor, and whether factors above 1 are allowed
-MODES = {
-    "auto": (1.0, 1.0, True),
-    "escape": (1.0, 1.0, True),
-    "retain": (0.02, 0.02, False),
-    "observe": (1.0, 1.0, False),
-}
 
 
 class GapAware(Delegating):
@@ -51,11 +43,15 @@ class GapAware(Delegating):
         mode: "auto", up on plateaus and never in the way; "escape", up only; "retain", down only,
             starting gently; "observe", never touches anything.
         window: W, number of updates in a spectrum.
-        interval: optimizer steps between snapshots, or "auto" to let the controller choose.
+        interval: optimizer steps between snapshots. "auto" is a third of the steps that the wrapped
+            optimizer's momentum remembers (5 for AdamW), unless the controller chooses; every step with
+            mode="retain".
         sketch_dim: length of the sketch of a parameter group (or block). The relative error of a
             singular value is about √(1/(2·sketch_dim)). None computes with the exact updates, which takes
             2·(window + 1) float64 copies of the parameters: for small models.
-        target: a*, the adiabaticity to steer to.
+        target: what the built-in law steers to: in the modes "auto" and "escape" the drift c* = 0.06, the
+            mean cosine of updates that momentum does not connect; with mode="retain" the adiabaticity
+            a* = 0.1. Larger is more careful with the first and bolder with the second.
         max_scale: largest factor on the learning rate.
         min_scale: smallest factor; by default 1, and 0.02 with mode="retain".
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
@@ -93,7 +89,7 @@ class GapAware(Delegating):
         window: int = 10,
         interval: int | str = "auto",
         sketch_dim: int | None = 16_384,
-        target: float = 1.0,
+        target: float | None = None,
         max_scale: float = 64.0,
         min_scale: float | None = None,
         granularity: str = "global",
@@ -105,7 +101,7 @@ class GapAware(Delegating):
         _check_base(base, granularity)
         arguments.choice("mode", mode, tuple(MODES))
         arguments.choice("granularity", granularity, layout.GRANULARITIES)
-        low, start, may_raise = MODES[mode]
+        defaults = MODES[mode]
         window = arguments.integer(
             "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
         )
@@ -121,14 +117,17 @@ class GapAware(Delegating):
                 high=CHUNK,
                 why="length of the sketch (None for exact updates)",
             )
-        target = arguments.positive("target", target, why="the adiabaticity a* to steer to")
+        target = defaults.target if target is None else target
+        target = arguments.positive("target", target, why="what the built-in law steers to")
         high = arguments.positive(
             "max_scale", max_scale, low=1.0, why="the largest factor on the learning rate"
         )
-        if min_scale is not None:
-            low = arguments.positive(
-                "min_scale", min_scale, high=1.0, why="the smallest factor on the learning rate"
-            )
+        low = arguments.positive(
+            "min_scale",
+            defaults.min_scale if min_scale is None else min_scale,
+            high=1.0,
+            why="the smallest factor on the learning rate",
+        )
         arguments.integer("history_size", history_size, low=1, why="records kept in memory")
         arguments.integer("seed", seed, low=0, why="seed of the sketch")
         if controller is not None and not callable(controller):
@@ -138,16 +137,19 @@ class GapAware(Delegating):
 
         self.base = base
         self._interval_is_auto = interval == "auto"
-        self._interval = FIRST_INTERVAL if isinstance(interval, str) else int(interval)
+        self._first_interval = (
+            int(interval) if isinstance(interval, int) else _auto_interval(base, mode)
+        )
+        self._interval = self._first_interval
         self._steps = 0
         self._fresh = True
         self._next_snapshot = self._interval
         self._observer = Observer(window, sketch_dim, granularity, seed)
         self._steering = Steering(
-            None if mode == "observe" else controller or adiabatic_law,
+            None if mode == "observe" else controller or defaults.law,
             low=low,
-            high=high if may_raise else 1.0,
-            start=max(start, low),
+            high=high if defaults.may_raise else 1.0,
+            start=max(defaults.first_scale, low),
             target=target,
             window=window,
             together=granularity == "global",
@@ -175,10 +177,9 @@ class GapAware(Delegating):
 
     # -- one step ---------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None
-    ) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step of the wrapped optimizer, with the factors in force.
 
         Args:
@@ -277,6 +278,7 @@ class GapAware(Delegating):
             sighting,
             lrs=[float(groups[g]["lr"]) for g in self._observer.row_groups],
             interval=interval,
+            momentum_memory=memory_steps(groups),
             # of several processes each sees a loss of its own, and all have to decide alike
             loss=metrics.get("loss") if alone() else None,
         )
@@ -352,7 +354,7 @@ class GapAware(Delegating):
         self._pending = None
         self._metrics = {}
         if self._interval_is_auto:
-            self._interval = FIRST_INTERVAL
+            self._interval = self._first_interval
         self._next_snapshot = self._steps + self._interval
         why = f"{doing}: {type(error).__name__}: {error}"
         self.history.append(fault_record(self._steps, self._interval, why))
@@ -513,6 +515,10 @@ class GapAware(Delegating):
                 f"state_dict['gapaware'] cannot be read ({type(error).__name__}: {error}); nothing was "
                 "changed. Remove the key 'gapaware' to load the wrapped optimizer's state alone"
             ) from error
+
+
+def _auto_interval(base: torch.optim.Optimizer, mode: str) -> int:
+    return 1 if MODES[mode].every_step else interval_for(memory_steps(base.param_groups))
 
 
 def _arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:

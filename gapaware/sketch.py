@@ -125,7 +125,9 @@ class CountSketch:
         if device is None:
             pieces = list(pieces)
             device = pieces[0][0].device if pieces else torch.device("cpu")
-        signs, bucket, low, high = self._workspace(device)
+        # taken away until the end: after an exception there would be remainders in the sums
+        workspace = self._buffers.pop(device, None) or self._new_workspace(device)
+        signs, bucket, low, high = workspace
         reach, since_flush = 0, 0
         for flat, place in pieces:
             chunk, start = divmod(place, CHUNK)
@@ -149,6 +151,7 @@ class CountSketch:
         folded = self._fold(high, bucket, reach)
         total.zero_()
         low.narrow(0, 0, reach).zero_()
+        self._buffers[device] = workspace
         return folded
 
     def _chunk(self, chunk: int) -> tuple[int, float]:
@@ -165,18 +168,16 @@ class CountSketch:
         # index_add_ on a GPU adds in any order; gathering gives the same bits on every run
         return total.index_select(0, bucket).view(-1, self.dim).sum(0)
 
-    def _workspace(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if device not in self._buffers:
-            signs, bucket = _host_tables(self.dim, self.seed)
-            if device.type != "cpu":
-                bucket = _gather_order(bucket, self.dim)
-            self._buffers[device] = (
-                signs.to(device),
-                bucket.to(device),
-                torch.zeros(CHUNK, dtype=torch.float32, device=device),
-                torch.zeros(CHUNK + 1, dtype=torch.float64, device=device),
-            )
-        return self._buffers[device]
+    def _new_workspace(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        signs, bucket = _host_tables(self.dim, self.seed)
+        if device.type != "cpu":
+            bucket = _gather_order(bucket, self.dim)
+        return (
+            signs.to(device),
+            bucket.to(device),
+            torch.zeros(CHUNK, dtype=torch.float32, device=device),
+            torch.zeros(CHUNK + 1, dtype=torch.float64, device=device),
+        )
 
     def __getstate__(self) -> dict[str, int]:
         return {"dim": self.dim, "seed": self.seed}

@@ -128,6 +128,25 @@ def gap_ratios(sigma: Array) -> Array:
     return np.asarray(resolved[:-1] / resolved[1:])
 
 
+def adiabaticity(extended: Array) -> float:
+    """The scale-free a = ‖G_t − G_{t−1}‖_F / g², with the weighted gap position.
+
+    Args:
+        extended: Gram matrix of W + 1 updates, (W + 1, W + 1), the oldest first.
+
+    Returns:
+        a; infinite without a gap.
+    """
+    gram = extended[1:, 1:]
+    sigma, _ = decompose(gram)
+    k = gap_position(sigma)
+    return _ratio(float(np.linalg.norm(gram - extended[:-1, :-1])), float(sigma[k - 1] - sigma[k]))
+
+
+def _ratio(change: float, gap: float) -> float:
+    return change / gap**2 if gap > 0 else float("inf")
+
+
 def effective_rank(sigma: Array) -> float:
     """Exp of the entropy of σ/Σσ.
 
@@ -201,7 +220,7 @@ def spectrum(
     k = gap_position(sigma)
     gap = float(sigma[k - 1] - sigma[k])
     change = float(np.linalg.norm(gram - extended[:-1, :-1]))
-    a = change / gap**2 if gap > 0 else float("inf")
+    a = _ratio(change, gap)
     share = None
     if decay_gram is not None and decay_cross is not None:
         decay = float(np.trace(decay_gram[kept][1:, 1:]))

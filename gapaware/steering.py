@@ -40,7 +40,7 @@ class Steering:
         low: smallest factor on the learning rate.
         high: largest factor.
         start: first factor.
-        target: a*.
+        target: what the built-in laws steer to.
         window: W.
         together: one factor for the whole model instead of one for each row.
     """
@@ -81,7 +81,13 @@ class Steering:
         return self._scales.get(name, self._undecided)
 
     def decide(
-        self, sighting: Sighting, *, lrs: Sequence[float], interval: int, loss: float | None
+        self,
+        sighting: Sighting,
+        *,
+        lrs: Sequence[float],
+        interval: int,
+        momentum_memory: int,
+        loss: float | None,
     ) -> Outcome:
         """Compute the spectrum, ask the controller and keep its answer.
 
@@ -89,6 +95,7 @@ class Steering:
             sighting: from the observer.
             lrs: learning rate of each row now, before scaling.
             interval: steps between snapshots now.
+            momentum_memory: see `momentum.memory_steps`.
             loss: the last one seen.
 
         Raises:
@@ -96,7 +103,7 @@ class Steering:
             Exception: whatever the controller raises.
         """
         gram = sighting.gram.result().numpy()
-        now = _Now(lrs, interval, loss)
+        now = _Now(lrs, interval, momentum_memory, loss)
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
         if self._controller is None:
             return Outcome(whole.spectrum, "hold", "mode observe: nothing is scaled", None)
@@ -159,6 +166,8 @@ class Steering:
             min_scale=self._low,
             max_scale=self._high,
             target=self._target,
+            window=self._window,
+            momentum_memory=now.momentum_memory,
             loss=now.loss,
             memory=self._memory.get(name, {}),
         )
@@ -193,4 +202,5 @@ class Steering:
 class _Now:
     lrs: Sequence[float]
     interval: int
+    momentum_memory: int
     loss: float | None

@@ -230,28 +230,27 @@ def train(
 
 
 def compare(
+    old: Classification,
+    new: Classification,
     modes: Sequence[str],
     seeds: Sequence[int],
     output: Path,
     settings: Settings,
     model: str | None = None,
-    dataset: str = "tweets",
-    keep_dataset: str = "bbc-news",
 ) -> list[Result]:
     """Teach the old skill once per seed, then the new one with AdamW and with GapAware.
 
     Args:
+        old: the task whose skill should stay.
+        new: the task to fine-tune on.
         modes: GapAware modes to run beside AdamW alone.
         seeds: seeds of heads, batches and dropout; the held-out texts are always the same.
         output: folder for the logs.
         settings: what all runs have in common.
         model: hub name or path of an encoder; the packaged MiniLM if ``None``.
-        dataset: the new task, a name that `recipes.assets.classification` knows.
-        keep_dataset: the old task.
     """
     source = model or str(minilm())
     tokenizer = AutoTokenizer.from_pretrained(source)
-    old, new = classification(keep_dataset), classification(dataset)
     output.mkdir(parents=True, exist_ok=True)
 
     def rows(corpus: Classification, task: int) -> Tokenized:
@@ -435,18 +434,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         held_out=options.held_out,
         score_every=min(defaults.score_every, options.steps),
     )
+    old, new = classification(options.keep_dataset), classification(options.dataset)
     results = compare(
-        options.mode,
-        options.seeds,
-        options.output,
-        settings,
-        model=options.model,
-        dataset=options.dataset,
-        keep_dataset=options.keep_dataset,
+        old, new, options.mode, options.seeds, options.output, settings, options.model
     )
-    old, new = classification(options.keep_dataset).name, classification(options.dataset).name
     figure, raw = options.output / "scores.png", options.output / "results.json"
-    draw(results, old, new, figure)
+    draw(results, old.name, new.name, figure)
     raw.write_text(
         json.dumps(
             {
@@ -459,8 +452,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     )
     before = fmean(run.old_before for run in results)
     error = 100 * (before / 100 * (1 - before / 100) / settings.held_out) ** 0.5
-    print(f"\n{old} before fine-tuning on {new}: {before:.1f} %. Afterwards:\n")
-    print(summary(results, old, new))
+    print(f"\n{old.name} before fine-tuning on {new.name}: {before:.1f} %. Afterwards:\n")
+    print(summary(results, old.name, new.name))
     print(
         f"\nAccuracy on {settings.held_out} held-out texts per task (standard error about "
         f"{error:.0f} points), mean of {len(options.seeds)} seed(s); seconds are training steps "

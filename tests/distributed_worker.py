@@ -1,6 +1,8 @@
 """What each process of tests/test_distributed.py does: run by name, the results go to a file."""
 
 import contextlib
+import math
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,7 +71,7 @@ def law(observation: Observation) -> Decision:
     calls = observation.memory.get("calls", 0) + 1
     scale = observation.scale
     if observation.spectrum is not None:
-        scale *= min(max((1 / observation.spectrum.adiabaticity) ** 0.1, 0.5), 1.2)
+        scale *= 1.1 + 0.05 * math.tanh(math.log(observation.spectrum.adiabaticity))
     return Decision(scale, interval=2 + calls % 2, memory={"calls": calls})
 
 
@@ -112,7 +114,7 @@ def seen(optimizer: GapAware) -> dict[str, Any]:
     state = optimizer.state_dict()["gapaware"]
     return {
         "last": state["observer"]["last"],
-        "gram": state["observer"]["window"]["gram"],
+        "gram": (state["observer"]["window"] or {}).get("gram"),
         "signature": state["observer"]["signature"],
         "steering": state["steering"],
         "interval": optimizer.interval,
@@ -205,13 +207,13 @@ def controller_fault(folder: Path) -> Any:
     """A controller that raises on one rank only, as one that writes to a service would."""
 
     def fragile(observation: Observation) -> Decision:
-        if dist.get_rank() == 1 and observation.step == 6:
+        if dist.get_rank() == 1 and observation.step == 10:
             raise ConnectionError("no answer")
         return law(observation)
 
     model = fsdp(network())
     optimizer = wrapped(model, controller=fragile, interval="auto")
-    warned = quietly(lambda: train(model, optimizer))
+    warned = quietly(lambda: train(model, optimizer, range(30)))
     return {**seen(optimizer), "warned": warned}
 
 
@@ -253,6 +255,20 @@ def not_a_number(folder: Path) -> Any:
     return {**seen(optimizer), "warned": warned}
 
 
+def losses(folder: Path) -> Any:
+    """Each rank has a loss of its own, which must not part the replicas."""
+
+    def believer(observation: Observation) -> float:
+        return 1.0 if observation.loss is None else 2.0 + observation.loss
+
+    model = DistributedDataParallel(network(40))
+    optimizer = wrapped(model, controller=believer)
+    for step in range(6):
+        optimizer.log(loss=float(dist.get_rank()))
+        train(model, optimizer, range(step, step + 1))
+    return {"scales": optimizer.scales, "losses": optimizer.history.column("loss")}
+
+
 def one_log(folder: Path) -> list[str]:
     model = fsdp(network())
     optimizer = wrapped(model, log_to=folder / "log" / "run.jsonl")
@@ -277,6 +293,11 @@ def save(folder: Path) -> Any:
 
 
 # -- four processes -------------------------------------------------------------------------------
+
+
+def blocks(folder: Path) -> Any:
+    """Two of the ranks hold nothing of the last bias, which is a row of its own."""
+    return run(fsdp, granularity="block")
 
 
 def hybrid(folder: Path) -> Any:
@@ -367,12 +388,30 @@ def resumed(saved: Path, model: nn.Module) -> Any:
     return seen(optimizer)
 
 
+def accelerated(folder: Path) -> None:
+    """The program that `accelerate launch` starts: train, save, train on, go back, train again."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = network()
+    optimizer = wrapped(model)
+    model, prepared = accelerator.prepare(model, optimizer)
+    train(model, prepared, range(9))
+    accelerator.save_state(str(folder / "state"))
+    results = []
+    for _ in range(2):
+        train(model, prepared, range(9, STEPS))
+        results.append(seen(optimizer))
+        accelerator.load_state(str(folder / "state"))
+    torch.save(results, folder / f"rank{accelerator.process_index}.pt")
+
+
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, not_a_number, one_log, save,
+        sketch_fault, accounting_fault, not_a_number, losses, one_log, save,
     ],
-    4: [fully_sharded, hybrid, two_dimensional, columns, pairs, placements, resume],
+    4: [fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume],
 }  # fmt: skip
 
 
@@ -390,7 +429,11 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     for scenario in SCENARIOS[ranks]:
         try:
             results[scenario.__name__] = scenario(folder)
-        except Exception:
+        except BaseException:  # a CheckpointException is not an Exception
             results[scenario.__name__] = traceback.format_exc()
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    accelerated(Path(sys.argv[1]))

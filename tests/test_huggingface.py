@@ -89,6 +89,15 @@ def by_group(observation: Any) -> Decision:
     return Decision(2.0 if observation.row.endswith("0") else 8.0, why="by group")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The matrices are tiny: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # -- the factory ---------------------------------------------------------------------------------
 
 

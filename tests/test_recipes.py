@@ -14,7 +14,16 @@ from recipes import assets, escape_grokking
 from recipes.table import table
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The matrices are tiny: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def packaged():
     try:
         return assets.minilm(), assets.bbc_news(), assets.tweets()
@@ -109,11 +118,7 @@ def test_halves_of_all_sums_do_not_overlap():
 
 
 def test_grokking_command_line(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    try:
-        escape_grokking.main(["--budget", "60", "--seeds", "0", "1", "--output", str(tmp_path)])
-    finally:
-        torch.set_num_threads(threads)
+    escape_grokking.main(["--budget", "60", "--seeds", "0", "1", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "AdamW" in printed
     assert "> 60" in printed
@@ -180,7 +185,8 @@ def test_finetune_the_real_model(packaged, tmp_path):
     settings = finetune_minilm.Settings(
         old_steps=2, steps=2, batch_size=4, held_out=20, score_every=2
     )
-    alone, wrapped = finetune_minilm.compare(["auto"], [0], tmp_path, settings)
+    _, news, tweets = packaged
+    alone, wrapped = finetune_minilm.compare(news, tweets, ["auto"], [0], tmp_path, settings)
     assert alone.old_before == wrapped.old_before
     assert wrapped.steps == 2
     assert 0 < wrapped.gapaware_seconds < wrapped.seconds

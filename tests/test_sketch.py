@@ -134,3 +134,15 @@ def test_identity_is_exact():
     x = torch.randn(100)
     pieces = [(x[:30], 0), (x[30:], 30)]
     assert torch.equal(Identity(100)(pieces), x.double())
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind():
+    def failing(x):
+        yield x, 0
+        raise MemoryError
+
+    x, sketch = torch.randn(100), CountSketch(64, seed=0)
+    before = sketch([(x, 0)])
+    with pytest.raises(MemoryError):
+        sketch(failing(x), x.device)
+    assert torch.equal(sketch([(x, 0)]), before)

@@ -60,7 +60,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.norm_mlp(x))
+        x = x + self.mlp(self.norm_mlp(x))
+        return x
 
 
 class CharTransformer(nn.Module):
@@ -82,7 +83,8 @@ class CharTransformer(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (batch, time, vocabulary) of tokens (batch, time)."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        logits: torch.Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 def windows(text: torch.Tensor, starts: torch.Tensor, context: int) -> torch.Tensor:
@@ -105,7 +107,7 @@ class CharLMTask:
     heads: int = 4
     context: int = 64
     batch_size: int = 32
-    lr: float = 4e-3
+    lr: float = 1.2e-2
     budget: int = 600
     warmup: int = 60
     target: float | None = None
@@ -157,9 +159,7 @@ class CharLMTask:
         draw = torch.Generator().manual_seed(seed)
         started = time.perf_counter()
         for step in range(1, budget + 1):
-            starts = torch.randint(
-                len(train) - self.context, (self.batch_size,), generator=draw
-            )
+            starts = torch.randint(len(train) - self.context, (self.batch_size,), generator=draw)
             optimizer.zero_grad()
             next_character_loss(model, windows(train, starts, self.context)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

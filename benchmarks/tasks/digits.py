@@ -1,7 +1,10 @@
 """No plateau: scikit-learn's 8 x 8 digits, a small MLP, mini-batches, a cosine schedule.
 
-A tuned run that a meta-optimizer must leave alone. At a tenth of the lr it is under-trained and
-there is something to gain.
+A healthy run that a meta-optimizer must leave alone. At a tenth of the lr it is under-trained and
+there is something to gain. AdamW's test loss, mean of seeds 0-2: 0.165 at lr 1e-3, 0.110 at
+2.5e-3, 0.095 at 5e-3, 0.096 at 1e-2, 0.089 at 2e-2, 0.078 at 4e-2, 0.103 at 8e-2. The default 1e-2
+is a good lr, not the best one: at 4e-2 a change of the lr by 1 or 2 % moves the mean by 5 to 9 %,
+so that a comparison there needs neighbouring lrs as well as seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn import functional as F
 

@@ -22,7 +22,7 @@ Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PairMLP(nn.Module):
-    """Embeds both operands with one table, concatenates them, and classifies with one hidden layer."""
+    """Both operands embedded by one table and concatenated, one hidden layer, a class each."""
 
     def __init__(self, modulus: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -32,7 +32,8 @@ class PairMLP(nn.Module):
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
         """Logits (n, modulus) of pairs of residues (n, 2)."""
-        return self.output(F.relu(self.hidden(self.embedding(pairs).flatten(1))))
+        logits: torch.Tensor = self.output(F.relu(self.hidden(self.embedding(pairs).flatten(1))))
+        return logits
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def smallest_squared_norm(targets: torch.Tensor) -> float:
 
     One neuron per sign suffices, and a neuron that outputs y costs 2 ||y||.
     """
-    return 2 * (targets.clamp(min=0).norm() + targets.clamp(max=0).norm()).item()
+    return 2 * float(targets.clamp(min=0).norm() + targets.clamp(max=0).norm())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,354 @@
+"""Sharded models in real processes: the same spectrum as in one, the same decisions on every rank."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from copy import deepcopy
+from itertools import product
+from math import prod
+from types import ModuleType
+
+import distributed_worker as worker
+import pytest
+import torch
+import torch.multiprocessing
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from gapaware import GapAware
+from gapaware.checkpoint import OwnState
+from gapaware.distributed import Unsupported, _stretches, held_indices, is_first
+
+pytestmark = pytest.mark.xdist_group("distributed")  # the worlds are started once
+
+GROUP_BYTES = 2 * worker.DIM * 8  # two parameter groups, float64
+SNAPSHOTS = 1 + worker.STEPS // worker.INTERVAL
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    # forked from a process that has imported everything, instead of importing it six times
+    multiprocessing.set_forkserver_preload(
+        [
+            "gapaware",
+            "torch.distributed.checkpoint.state_dict",
+            "torch.distributed.fsdp",
+            "torch.distributed.optim",
+            "torch.distributed.tensor.debug",
+            "torch.distributed.tensor.parallel",
+        ]
+    )
+    return tmp_path_factory.mktemp("distributed")
+
+
+def world(ranks, root):
+    folder = root / str(ranks)
+    folder.mkdir()
+    torch.multiprocessing.start_processes(
+        worker.work, args=(ranks, folder), nprocs=ranks, start_method="forkserver"
+    )
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(root):
+    return world(2, root)
+
+
+@pytest.fixture(scope="module")
+def four(two, root):
+    return world(4, root)  # after `two`, whose checkpoint it loads
+
+
+def of(ranks, scenario):
+    results = [rank[scenario] for rank in ranks]
+    for result in results:
+        assert not isinstance(result, str), result
+    return results
+
+
+def single(**arguments):
+    return worker.run(lambda model: model, **arguments)
+
+
+def assert_same_decisions(results):
+    """Bit for bit."""
+    first = results[0]
+    for other in results[1:]:
+        for name in ("signature", "steering", "interval", "scales", "sigma", "steps"):
+            assert other[name] == first[name], name
+        for name in ("last", "gram"):
+            assert torch.equal(other[name], first[name]), name
+
+
+def errors(result, reference):
+    """Relative errors of the Gram matrices, the singular values and the factors."""
+    assert result["signature"] == reference["signature"]
+    assert result["steps"] == reference["steps"]
+    gram, true_gram = result["gram"], reference["gram"]
+    sigma = [(s, t) for s, t in zip(result["sigma"], reference["sigma"], strict=True) if t]
+    assert len(sigma) >= 3
+    return {
+        "gram": ((gram - true_gram).abs().amax() / true_gram.abs().amax()).item(),
+        "sigma": max(abs(a - b) / t[0] for s, t in sigma for a, b in zip(s, t, strict=True)),
+        "factor": max(
+            abs(a / b - 1) for a, b in zip(result["scales"], reference["scales"], strict=True)
+        ),
+    }
+
+
+def assert_close(result, reference, tolerance=1e-5):
+    found = errors(result, reference)
+    print(found)
+    assert max(found.values()) < tolerance, found
+
+
+# -- two processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scenario", ["fully_sharded", "partly_sharded", "replicas"])
+def test_two_ranks_see_and_decide_what_one_process_does(two, scenario):
+    results = of(two, scenario)
+    assert_same_decisions(results)
+    assert_close(results[0], single())
+
+
+def test_exact_updates_of_shards(two):
+    results = of(two, "exact")
+    assert_same_decisions(results)
+    assert_close(results[0], single(sketch_dim=None))
+
+
+@pytest.mark.parametrize("scenario", ["fully_sharded", "partly_sharded"])
+def test_one_small_all_reduce_for_each_snapshot_and_nothing_else(two, scenario):
+    for result in of(two, scenario):
+        assert result["sent"] == [GROUP_BYTES] * SNAPSHOTS
+
+
+def test_replicas_do_not_communicate(two):
+    assert [result["sent"] for result in of(two, "replicas")] == [[], []]
+
+
+def test_blocks_and_an_interval_that_the_controller_chooses(two):
+    results = of(two, "by_block")
+    assert_same_decisions(results)
+    assert len({name for name, _, _ in results[0]["signature"]}) == 6
+    assert set(results[0]["sent"]) == {6 * worker.DIM * 8}
+
+
+def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
+    for flat, original, zero, partial in of(two, "other_sharding"):
+        assert "FSDP1" in flat
+        assert "FSDP1" in original
+        assert "fully_shard" in original
+        assert "ZeroRedundancyOptimizer" in zero
+        assert "redistribute" in partial
+
+
+@pytest.mark.parametrize(
+    ("scenario", "rank", "cause"),
+    [
+        ("controller_fault", 1, "ConnectionError: no answer"),
+        ("sketch_fault", 1, "MemoryError: no memory on this rank"),
+        ("accounting_fault", 0, "IndexError"),
+        ("not_a_number", None, None),
+    ],
+)
+def test_a_fault_on_one_rank_is_one_of_all(two, scenario, rank, cause):
+    results = of(two, scenario)
+    for result in results:
+        assert len(result["warned"]) == 1
+        assert "NotFinite" in result["warned"][0]
+    if rank is not None:
+        assert cause in results[rank]["faults"][0]
+        assert cause not in results[1 - rank]["faults"][0]
+        for result in results:
+            assert len(result["faults"]) == 1
+        assert torch.equal(results[0]["last"], results[1]["last"])
+        assert torch.isfinite(results[0]["last"]).all()
+    after = [
+        [s for s, step in zip(r["scales"], r["steps"], strict=True) if step > fault(r)]
+        for r in results
+    ]
+    assert after[0] == after[1]
+    assert results[0]["interval"] == results[1]["interval"]
+    assert results[0]["steering"] == results[1]["steering"]
+
+
+def fault(result):
+    return next(s for f, s in zip(result["scales"], result["steps"], strict=True) if f is None)
+
+
+def test_losses_that_only_one_rank_sees_do_not_steer(two):
+    results = of(two, "losses")
+    assert [result["scales"] for result in results] == [[1.0, 1.0]] * 2
+    assert [set(result["losses"]) for result in results] == [{0.0}, {1.0}]
+
+
+def test_one_rank_writes_the_log(two):
+    assert of(two, "one_log") == [["run.jsonl"], ["run.jsonl"]]
+
+
+# -- four processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scenario", "hidden"),
+    [("fully_sharded", 1501), ("hybrid", 1501), ("two_dimensional", 1504), ("columns", 1504)],
+)
+def test_four_ranks_see_and_decide_what_one_process_does(four, scenario, hidden):
+    results = of(four, scenario)
+    assert_same_decisions(results)
+    assert_close(results[0], single(hidden=hidden))
+    assert all(result["sent"] == [GROUP_BYTES] * SNAPSHOTS for result in results)
+
+
+def test_a_rank_without_elements_of_a_row(four):
+    results = of(four, "blocks")
+    assert_same_decisions(results)
+    assert_close(results[0], single(granularity="block"))
+
+
+def test_groups_smaller_than_the_world(four):
+    sliced, flattened = zip(*of(four, "pairs"), strict=True)
+    assert_same_decisions(sliced)
+    assert_close(sliced[0], single())
+    assert_same_decisions(flattened)
+    assert all(set(result["sent"]) == {worker.DIM * 8} for result in flattened)
+
+
+def test_every_placement_is_counted_once(four):
+    for results in of(four, "placements"):
+        assert len(results) == 3 * (1 + 4 + 9 + 9 + 16 + 25)
+        for name, (sharded, whole) in results.items():
+            torch.testing.assert_close(sharded, whole, rtol=1e-5, atol=1e-4, msg=name)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(two, four, root):
+    uninterrupted = of(two, "save")[0]
+    resumed = of(four, "resume")
+    assert_same_decisions(resumed)
+    assert_close(resumed[0], uninterrupted)
+    assert_close(worker.resumed(root / "saved", worker.network()), uninterrupted)
+
+
+# -- accelerate ------------------------------------------------------------------------------------
+
+
+def test_accelerate_launch_with_two_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--main_process_port", str(port), *options]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, worker.__file__, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=False) for r in range(2)]
+    assert_same_decisions([run for rank in ranks for run in rank])
+    assert_close(ranks[0][0], single())
+
+
+# -- one process ----------------------------------------------------------------------------------
+
+PLACEMENTS = [
+    (Replicate(), Shard(0)),
+    (Shard(0), Shard(0)),
+    (Shard(0), Shard(1)),
+    (Shard(1), Shard(0)),
+    (Shard(1), Shard(1)),
+    (_StridedShard(0, split_factor=3), Shard(0)),
+    (_StridedShard(1, split_factor=3), Shard(1)),
+    (_StridedShard(1, split_factor=2), Shard(0)),
+]
+
+
+@pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
+@pytest.mark.parametrize("shape", [(12, 18), (7, 5), (1, 4), (13, 2, 3), (2, 3, 5, 2)], ids=str)
+@pytest.mark.parametrize("block", [1, 20, 1 << 20])
+def test_pieces_of_all_shards_make_up_the_whole(placements, shape, block, monkeypatch):
+    monkeypatch.setattr("gapaware.distributed.BLOCK", block)
+    mesh_shape, whole = (2, 3), torch.arange(1.0, 1 + prod(shape)).view(shape)
+    total = torch.zeros(whole.numel())
+    for coordinate in product(*map(range, mesh_shape)):
+        if any(c and p.is_replicate() for c, p in zip(coordinate, placements, strict=True)):
+            continue
+        local = whole
+        for placement, ranks, mine in zip(placements, mesh_shape, coordinate, strict=True):
+            if not placement.is_replicate():
+                parts, _ = placement._split_tensor(local, ranks, with_padding=False)
+                local = parts[mine]
+        held = held_indices(shape, placements, mesh_shape, coordinate)
+        assert [sum(map(len, runs)) for runs in held] == list(local.shape)
+        if local.numel():
+            covered = torch.zeros(whole.numel(), dtype=torch.bool)
+            for piece, place in _stretches(local, shape, held, 0):
+                assert not covered[place : place + piece.numel()].any()
+                covered[place : place + piece.numel()] = True
+                total[place : place + piece.numel()] += piece
+    assert torch.equal(total.view(shape), whole)
+
+
+def test_columns_of_a_large_matrix_are_few_pieces():
+    held = held_indices((10_000, 512), [Shard(1)], (8,), (3,))
+    pieces = list(_stretches(torch.ones(10_000, 64), (10_000, 512), held, 0))
+    assert len(pieces) == 5
+    assert sum(piece.sum().item() for piece, _ in pieces) == 640_000
+
+
+def test_an_unknown_placement_is_refused():
+    with pytest.raises(Unsupported, match="redistribute"):
+        held_indices((4,), [Partial()], (2,), (0,))
+
+
+def test_deepspeed_partitions_are_refused(monkeypatch):
+    marked = torch.nn.Parameter(torch.ones(3))
+    marked.ds_id = 0
+    with pytest.raises(Unsupported, match="DeepSpeed"):
+        GapAware(torch.optim.SGD([marked], lr=0.1))
+
+    optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    optimizer.param_groups[0]["params"] = [torch.ones(3, requires_grad=True)]
+    with pytest.raises(Unsupported, match="fully_shard"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_own_state_may_be_loaded_before_or_after_the_rest(own_first):
+    model, other = worker.network(40), worker.network(40)
+    optimizer, restored = worker.wrapped(model), worker.wrapped(other)
+    worker.train(model, optimizer, range(9))
+    other.load_state_dict(model.state_dict())
+    own, rest = OwnState(optimizer).state_dict(), deepcopy(optimizer.base.state_dict())
+    if own_first:
+        OwnState(restored).load_state_dict(own)
+    restored.load_state_dict(rest)
+    if not own_first:
+        OwnState(restored).load_state_dict(own)
+    for m, o in ((model, optimizer), (other, restored)):
+        worker.train(m, o, range(9, 20))
+    assert_same_decisions([worker.seen(optimizer), worker.seen(restored)])
+
+
+@pytest.mark.parametrize(("rank", "first"), [("0", True), ("1", False), (None, True)])
+def test_the_first_process_of_a_launcher_is_known_before_the_group_is(rank, first, monkeypatch):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", rank and "2")):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert is_first() is first
+
+
+def test_a_damaged_own_state_changes_nothing():
+    optimizer = worker.wrapped(worker.network(40))
+    with pytest.raises(ValueError, match="cannot be read"):
+        OwnState(optimizer).load_state_dict({"bytes": b"nonsense"})
