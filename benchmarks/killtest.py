@@ -40,7 +40,7 @@ def train(folder: Path, steps: int) -> None:
         mode="escape",
         interval=3,
         sketch_dim=1024,
-        target=30.0,
+        target=1e-3,
         log_to=folder / "run.jsonl",
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -145,7 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, records = read_log(killed / "run.jsonl")
         scales = [record["scale"] for record in records]
     print(f"kills survived: {kills} of {options.kills}")
-    print(f"snapshots logged once each: {len(records)}, factor from {min(scales):g} to {max(scales):g}")
+    print(
+        f"snapshots logged once each: {len(records)}, factor from {min(scales):g} to {max(scales):g}"
+    )
     print("weights and log equal those of the run left alone" if not differences else differences)
     return 1 if differences else 0
 

@@ -8,18 +8,10 @@ from typing import Any
 
 import torch
 
-# Their decay is a part of the gradient that passes through a division or a line search, so what it
-# does to the parameters cannot be told from lr and weight_decay.
-_INSEPARABLE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.LBFGS,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-)
-_SOMETIMES_DECOUPLED = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+# The others add decay to the gradient, where it passes through a division or a line search, or are not
+# torch's and decay in ways of their own: what it does to the parameters cannot be told from lr and
+# weight_decay.
+_DECOUPLED = (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)
 
 
 def decay_rate(
@@ -45,9 +37,7 @@ def decay_rate(
     """
     if weight_decay == 0:
         return 0.0
-    if isinstance(optimizer, _INSEPARABLE):
-        return None
-    if isinstance(optimizer, _SOMETIMES_DECOUPLED) and not group.get("decoupled_weight_decay"):
+    if not isinstance(optimizer, _DECOUPLED) and not group.get("decoupled_weight_decay"):
         return None
     if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
         kept = (1 - float(group["dampening"])) / (1 - float(group["momentum"]))

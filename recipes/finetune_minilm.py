@@ -444,6 +444,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         json.dumps(
             {
                 "settings": asdict(settings),
+                "model": options.model or minilm().parent.name,
+                "dataset": new.name,
+                "keep_dataset": old.name,
                 "versions": {"torch": torch.__version__, "transformers": transformers_version},
                 "results": [asdict(run) for run in results],
             },
@@ -451,12 +454,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         )
     )
     before = fmean(run.old_before for run in results)
-    error = 100 * (before / 100 * (1 - before / 100) / settings.held_out) ** 0.5
+    error = 50 / settings.held_out**0.5
     print(f"\n{old.name} before fine-tuning on {new.name}: {before:.1f} %. Afterwards:\n")
     print(summary(results, old.name, new.name))
     print(
-        f"\nAccuracy on {settings.held_out} held-out texts per task (standard error about "
-        f"{error:.0f} points), mean of {len(options.seeds)} seed(s); seconds are training steps "
+        f"\nAccuracy on {settings.held_out} held-out texts per task (standard error of one run at "
+        f"most {error:.1f} points), mean of {len(options.seeds)} seed(s); seconds are training steps "
         "only.\n"
         f"The whole took {time.perf_counter() - started:.0f} s.\n"
         f"Figure:  {figure}\n"

@@ -67,9 +67,7 @@ def test_same_trajectory_with_overflows(base, clip):
 @pytest.mark.parametrize("base", BASES)
 def test_accumulated_gradients_with_a_factor(base):
     model = mlp()
-    optimizer = GapAware(
-        BASES[base](model), interval=2, sketch_dim=64, controller=lambda seen: 2.0
-    )
+    optimizer = GapAware(BASES[base](model), interval=2, sketch_dim=64, controller=lambda seen: 2.0)
     train(model, optimizer, new_scaler(), accumulate=3)
     assert optimizer.scales == [2.0] * len(optimizer.param_groups)
     assert all(group["lr"] == 1e-2 for group in optimizer.param_groups)

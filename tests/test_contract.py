@@ -431,9 +431,7 @@ def test_dtypes(dtype, sketch_dim, granularity):
         # the default eps is zero in float16
         optimizer = torch.optim.Adam(params, lr=1e-2, eps=1e-4)
         if arguments is not None:
-            optimizer = wrap(
-                optimizer, **arguments, sketch_dim=sketch_dim, granularity=granularity
-            )
+            optimizer = wrap(optimizer, **arguments, sketch_dim=sketch_dim, granularity=granularity)
         run(optimizer, params, 24)
         runs.append((optimizer, params))
     assert_same_run(runs[0][0], runs[1][0], runs[0][1], runs[1][1])

@@ -349,6 +349,52 @@ def test_faults_are_in_the_log(tmp_path):
     assert strictly_increasing([record["step"] for record in records])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda o: o["observer"].update(last=o["observer"]["last"][:, :1]),
+        lambda o: o["observer"].update(last=None),
+        lambda o: o["observer"].update(rates=[]),
+        lambda o: o["observer"].update(row_groups=[7]),
+        lambda o: o["observer"].update(row_groups=[-1]),
+        lambda o: o["observer"].update(span=-1),
+        lambda o: o["observer"].update(window=None),
+        lambda o: o["observer"]["conditions"].pop(),
+        lambda o: o["observer"]["conditions"][0][0].append(1.0),
+        lambda o: o["observer"]["window"].update(pushed=2),
+        lambda o: o["observer"]["window"].update(pushed=-1),
+        lambda o: o["observer"]["window"].update(ring=o["observer"]["window"]["ring"][..., :1]),
+        lambda o: o["observer"]["window"].update(gram=torch.ones(())),
+        lambda o: o["pending"].update(gram=torch.ones(2, 2, 1, 1, 1)),
+        lambda o: o["pending"]["separable"].append(True),
+        lambda o: o["steering"].update(scales={"all": [-1.0, 1.0]}),
+        lambda o: o["steering"].update(scales={"all": [float("nan"), 1.0]}),
+        lambda o: o["steering"].update(memory={"all": {"x": object()}}),
+        lambda o: o["history"].update(records="[" * 5000),
+        lambda o: o.update(interval=0),
+        lambda o: o.update(steps=-5),
+        lambda o: o.update(next_snapshot=float("nan")),
+    ],
+)
+def test_states_whose_parts_do_not_fit_are_refused(damage):
+    params, optimizer = build()
+    run(optimizer, params, 30)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved["gapaware"])
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    with pytest.raises(ValueError, match="nothing was changed"):
+        optimizer.load_state_dict(saved)
+    assert_equal(before, (params, optimizer.state_dict()))
+
+
+def test_a_saved_factor_beyond_todays_bounds_goes_to_the_bound():
+    params, optimizer = build(controller=lambda seen: 32.0)
+    run(optimizer, params, 20)
+    params, narrower = build(params, controller=lambda seen: 32.0, max_scale=4.0)
+    narrower.load_state_dict(optimizer.state_dict())
+    assert narrower.scales == [4.0]
+
+
 def test_a_refused_state_leaves_the_log_alone(tmp_path):
     path = tmp_path / "run.jsonl"
     params, optimizer = build(log_to=path)

@@ -40,7 +40,9 @@ def adamw(model: nn.Module) -> GapAware:
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return GapAware(torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1), interval=1, mode="observe")
+    return GapAware(
+        torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1), interval=1, mode="observe"
+    )
 
 
 def low_rank(model: nn.Module) -> GapAware:
@@ -82,7 +84,12 @@ def test_spectrum_equals_svd_of_true_updates(run):
 
     def vector():
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        return torch.cat([p.detach().flatten() for p in trained if p.requires_grad]).double().numpy().copy()
+        return (
+            torch.cat([p.detach().flatten() for p in trained if p.requires_grad])
+            .double()
+            .numpy()
+            .copy()
+        )
 
     places.append(vector())
     for _ in range(24):

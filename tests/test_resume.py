@@ -10,6 +10,7 @@ from bases import BASES
 from models import mlp, same_parameters, train
 
 from gapaware import GapAware
+from gapaware.law import adiabatic_law
 
 
 def build(base, **arguments):
@@ -31,8 +32,17 @@ def through_a_file(state):
     [
         (1, {"interval": 3}),
         (7, {"interval": 3, "window": 5}),
-        (50, {"interval": "auto", "mode": "escape", "target": 30.0}),
-        (51, {"interval": 2, "granularity": "block", "mode": "escape", "target": 30.0}),
+        (50, {"mode": "escape", "controller": adiabatic_law, "target": 30.0}),
+        (
+            51,
+            {
+                "interval": 2,
+                "granularity": "block",
+                "mode": "escape",
+                "controller": adiabatic_law,
+                "target": 30.0,
+            },
+        ),
         (48, {"interval": 4, "mode": "retain", "granularity": "group"}),
         (33, {"interval": 1, "sketch_dim": None}),
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gradients import assert_same_run, inner, parameters, run
 
-from gapaware import Composite, GapAware
+from gapaware import Composite, Decision, GapAware
 
 common_optimizers = pytest.importorskip(
     "torch.testing._internal.common_optimizers", reason="needs expecttest"
@@ -131,7 +131,39 @@ def test_wrong_inputs_raise_what_the_optimizer_raises(name):
             if at_step:
                 optimizer = wrap(info.optim_cls(params, **copied(wrong.kwargs)))
             with pytest.raises(error_input.error_type, match=error_input.error_regex):
-                optimizer.step() if at_step else wrap(info.optim_cls(params, **copied(wrong.kwargs)))
+                optimizer.step() if at_step else wrap(
+                    info.optim_cls(params, **copied(wrong.kwargs))
+                )
+
+
+DECOUPLED = {
+    "SGD": {}, "AdamW": {}, "Muon": {}, "Adafactor": {}, "Adam": {"decoupled_weight_decay": True},
+    "NAdam": {"decoupled_weight_decay": True}, "RAdam": {"decoupled_weight_decay": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in OPTIMIZERS if n not in ("SparseAdam", "Rprop", "LBFGS")]
+)
+def test_how_much_of_an_update_is_decay(name):
+    """Without gradients all of it is, whatever the factors; where it cannot be told, nothing is said."""
+    kwargs = DECOUPLED.get(name, {})
+    params = parameters(MATRICES)
+    optimizer = wrap(
+        getattr(torch.optim, name)(params, lr=1e-2, weight_decay=0.3, **kwargs),
+        interval=3,
+        sketch_dim=None,
+        controller=lambda seen: Decision(2.0, weight_decay_scale=0.5 + seen.step % 2),
+    )
+    for _ in range(30):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    share = optimizer.history[-1]["spectrum"]["decay_share"]
+    if name in DECOUPLED:
+        assert share == pytest.approx(1.0, abs=0.02)
+    else:
+        assert share is None or share != share
 
 
 def test_step_errors_are_the_optimizers():
