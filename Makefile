@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench-quick format clean
+.PHONY: demo test test-nightly test-third-party lint types bench-quick format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recipes.finetune_minilm
@@ -13,6 +13,17 @@ test: lint types
 	rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/python -m coverage report
+
+# the property tests at ten times their size
+test-nightly: $(INSTALLED)
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
+
+# around optimizers of other packages, which are installed apart from ours
+test-third-party:
+	$(PYTHON) -m venv .venv-third-party
+	.venv-third-party/bin/python -m pip install --quiet -c constraints.txt torch numpy scipy pytest
+	.venv-third-party/bin/python -m pip install --quiet --no-deps -r tests/third_party/requirements.txt -e .
+	OMP_NUM_THREADS=1 .venv-third-party/bin/python -m pytest tests/third_party
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,4 +46,4 @@ $(INSTALLED): pyproject.toml constraints.txt recipes/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs
+	rm -rf $(VENV) .venv-third-party .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"snapshots logged once each: {len(records)}, factor from {min(scales):g} to {max(scales):g}"
     )
-    print("weights and log equal those of the run left alone" if not differences else differences)
+    print(differences or "weights and log equal those of the run left alone")
     return 1 if differences else 0
 
 

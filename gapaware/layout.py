@@ -79,10 +79,15 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
             if parameter.requires_grad:
                 blocks.setdefault(block_of(group, index), []).append(parameter)
         for block, parameters in blocks.items():
-            name = f"group {number}: {block}" if block else f"group {number}"
+            name = f"{group_name(number)}: {block}" if block else group_name(number)
             size = sum(map(real_size, parameters))
             result.append(Row(name, number, tuple(parameters), size))
     return result
+
+
+def group_name(number: int) -> str:
+    """The name of a row that is a whole parameter group."""
+    return f"group {number}"
 
 
 def real_size(parameter: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Whatever goes wrong in here, training goes on as with the wrapped optimizer alone."""
 
 import copy
+import itertools
 import os
 import warnings
 
@@ -26,7 +27,7 @@ def faults(optimizer):
 
 
 def strictly_increasing(steps):
-    return all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(steps))
 
 
 class Alone:
@@ -153,7 +154,7 @@ def test_a_controllers_memory_comes_back_plain_and_saved():
 def test_factors_stay_within_what_the_user_allows():
     params, optimizer = build(controller=lambda seen: 10.0 ** (seen.step % 13 - 6), max_scale=3.0)
     run(optimizer, params, 60)
-    assert 1.0 <= min(optimizer.history.column("scale"))
+    assert min(optimizer.history.column("scale")) >= 1.0
     assert max(optimizer.history.column("scale")) == 3.0
 
 
@@ -282,14 +283,16 @@ def test_an_error_in_here_is_no_error_of_training(monkeypatch, breaks):
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(getattr(module, name), method, broken)
-    with pytest.warns(UserWarning, match="MemoryError: out of memory") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         run(optimizer, params, range(14, 16))
         run(alone.optimizer, alone.params, range(14, 16))
         alone = Alone(params, optimizer)  # the last factor was in force up to here
         run(optimizer, params, range(16, 60))
     run(alone.optimizer, alone.params, range(16, 60))
     assert_same_run(alone.optimizer, optimizer.base, alone.params, params)
-    assert len(caught) <= 2
+    assert 1 <= len(caught) <= 2
+    assert all("MemoryError: out of memory" in str(warning.message) for warning in caught)
     assert strictly_increasing(optimizer.history.column("step"))
     assert len(faults(optimizer)) <= 12  # one a snapshot at most, not one a step
     monkeypatch.undo()
@@ -358,6 +361,7 @@ def test_faults_are_in_the_log(tmp_path):
         lambda o: o["observer"].update(row_groups=[7]),
         lambda o: o["observer"].update(row_groups=[-1]),
         lambda o: o["observer"].update(span=-1),
+        lambda o: o["observer"].update(span=float("inf")),
         lambda o: o["observer"].update(window=None),
         lambda o: o["observer"]["conditions"].pop(),
         lambda o: o["observer"]["conditions"][0][0].append(1.0),

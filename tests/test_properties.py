@@ -5,6 +5,7 @@
 
 import copy
 import io
+import itertools
 import math
 import random
 import warnings
@@ -182,7 +183,7 @@ def play(plan, params, optimizer, steps):
 
 def assert_history_is_sound(optimizer):
     steps = optimizer.history.column("step") if len(optimizer.history) else []
-    assert all(a < b for a, b in zip(steps, steps[1:], strict=False)), steps
+    assert all(a < b for a, b in itertools.pairwise(steps)), steps
     assert all(step <= optimizer.state_dict()["gapaware"]["steps"] for step in steps)
     for record in optimizer.history:
         assert record["decision"] in ("raise", "hold", "lower", "fault")
@@ -281,8 +282,8 @@ def without_clock(state):
 REPLACEMENTS: list[Any] = [
     None, "x", "", -1, 0, 7, 10**30, 1e400, math.nan, -0.5, True, b"bytes", [], [[]], {}, {"x": 1}, (),
     [1, 2, 3], {"all": "big"}, object(), torch.ones(()), torch.ones(3), torch.full((2, 2), math.nan),
-    torch.ones(1, 1, 1, 1), torch.ones(2, dtype=torch.int64), torch.empty(0), 1j, "[" * 3000, '[{"step": {}}]',
-    "[1]", '{"a": 1}', torch.float32, ["all", [1.0, 2.0]],
+    torch.ones(1, 1, 1, 1), torch.ones(2, dtype=torch.int64), torch.empty(0), 1j, "[" * 3000,
+    '[{"step": {}}]', "[1]", '{"a": 1}', torch.float32, ["all", [1.0, 2.0]],
 ]  # fmt: skip
 
 
@@ -421,8 +422,12 @@ groups = st.fixed_dictionaries(
 factors = st.builds(Scales, st.floats(1e-3, 1e3), st.floats(0, 1e3))
 
 
-@given(groups=st.lists(groups, min_size=1, max_size=3), chosen=st.lists(factors, min_size=6), fails=st.booleans(),
-       by_parameter=st.booleans())  # fmt: skip
+@given(
+    groups=st.lists(groups, min_size=1, max_size=3),
+    chosen=st.lists(factors, min_size=6),
+    fails=st.booleans(),
+    by_parameter=st.booleans(),
+)
 def test_hyperparameters_are_put_back_whatever_happens(groups, chosen, fails, by_parameter):
     params = [parameters(((2,), (3,)), seed=n) for n in range(len(groups))]
     optimizer = torch.optim.SGD([{"params": p} for p in params], lr=0.1)

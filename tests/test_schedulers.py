@@ -46,11 +46,15 @@ SCHEDULERS = {
 }
 
 BASES = {
-    "sgd": lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 3e-2}], lr=1e-2, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(
+        [{"params": p[:2]}, {"params": p[2:], "lr": 3e-2}], lr=1e-2, momentum=0.9
+    ),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)),
-    "composite": lambda p: Composite(torch.optim.Muon(p[:2], lr=2e-2), torch.optim.AdamW(p[2:], lr=1e-3)),
-}  # fmt: skip
+    "composite": lambda p: Composite(
+        torch.optim.Muon(p[:2], lr=2e-2), torch.optim.AdamW(p[2:], lr=1e-3)
+    ),
+}
 
 
 def test_every_scheduler_of_torch_is_here():

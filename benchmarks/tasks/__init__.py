@@ -26,7 +26,9 @@ class BuildOptimizer(Protocol):
 
     def __call__(
         self, params: Iterable[torch.nn.Parameter], lr: float, **base_kwargs: Any
-    ) -> torch.optim.Optimizer: ...
+    ) -> torch.optim.Optimizer:
+        """Build it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,34 @@ class Task(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """How results call the task."""
+        ...
+
     @property
-    def base(self) -> type[torch.optim.Optimizer]: ...
+    def base(self) -> type[torch.optim.Optimizer]:
+        """The optimizer class that the task is meant for."""
+        ...
+
     @property
-    def base_kwargs(self) -> dict[str, Any]: ...
+    def base_kwargs(self) -> dict[str, Any]:
+        """What `run` passes to it beside the parameters and the lr."""
+        ...
+
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float:
+        """The tuned learning rate."""
+        ...
+
     @property
-    def budget(self) -> int: ...
+    def budget(self) -> int:
+        """Steps after which a run ends."""
+        ...
+
     @property
-    def target(self) -> float | None: ...
+    def target(self) -> float | None:
+        """What ends the count of steps, if anything."""
+        ...
 
     def run(
         self,
