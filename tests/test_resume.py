@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,19 @@ def test_other_settings_keep_the_factor_and_start_the_window_anew():
         other.load_state_dict(optimizer.state_dict())
     train(twin, other, range(60, 80))
     assert len(other.history[-1]["spectrum"]["sigma"]) == 5
+
+
+def test_states_of_version_1_keep_loading():
+    """A file written by gapaware 0.1.0 at step 31, with `BASES["adamw"]` and the arguments below."""
+    saved = torch.load(Path(__file__).parent / "data" / "state-version-1.pt", weights_only=True)
+    model = mlp()
+    optimizer = GapAware(BASES["adamw"](model), window=4, interval=2, sketch_dim=64)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.history[-1]["step"] == 28
+    train(model, optimizer, range(31, 61))
+    assert optimizer.history[-1]["step"] == saved["last_step"] == 58
+    assert optimizer.scales == saved["scales"]
+    # a window that had started anew would not be full at the first snapshot
+    first = next(record for record in optimizer.history if record["step"] == 30)
+    assert len(first["spectrum"]["sigma"]) == 4
