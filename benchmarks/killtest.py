@@ -10,8 +10,10 @@ those of the run that was left alone, bit for bit, and its log has to hold every
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,7 +78,11 @@ def train(folder: Path, steps: int) -> None:
 
 
 def run(folder: Path, steps: int, kill_at: Sequence[int], jitter: random.Random) -> int:
-    """Run the worker to its end, killing it near each of the given steps; the number of kills."""
+    """Run the worker to its end, killing it near each of the given steps; the number of kills.
+
+    Raises:
+        RuntimeError: the worker ended in an error of its own.
+    """
     kills = 0
     waiting = sorted(kill_at)
     command = [sys.executable, "-m", "benchmarks.killtest", "--worker", str(folder)]
@@ -90,13 +96,15 @@ def run(folder: Path, steps: int, kill_at: Sequence[int], jitter: random.Random)
                 if waiting and int(line) >= waiting[0]:
                     waiting.pop(0)
                     time.sleep(jitter.uniform(0.0, 0.01))
-                    if worker.poll() is None:
-                        worker.kill()
-                        kills += 1
+                    worker.kill()
                     break
             worker.stdout.close()
-            if worker.wait() == 0:
+            code = worker.wait()
+            if code == 0:
                 return kills
+            if code != -signal.SIGKILL:
+                raise RuntimeError(f"the worker ended by itself, with exit status {code}")
+            kills += 1
 
 
 def compare(alone: Path, killed: Path) -> list[str]:
@@ -121,13 +129,14 @@ def compare(alone: Path, killed: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the test; 0 when nothing differs."""
+    """Run the test; 0 when every kill came about and nothing differs."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.killtest", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--kills", type=int, default=20, help="how often (default 20)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"in a run (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -149,7 +158,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"snapshots logged once each: {len(records)}, factor from {min(scales):g} to {max(scales):g}"
     )
     print(differences or "weights and log equal those of the run left alone")
-    return 1 if differences else 0
+    if options.json:
+        figures = {
+            "steps": options.steps,
+            "seed": options.seed,
+            "kills_asked": options.kills,
+            "kills_survived": kills,
+            "snapshots": len(records),
+            "smallest_scale": min(scales),
+            "largest_scale": max(scales),
+            "differences": differences,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 1 if differences or kills < options.kills else 0
 
 
 if __name__ == "__main__":

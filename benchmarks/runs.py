@@ -20,6 +20,7 @@ from benchmarks.tasks.char_lm import CHAR_LM
 from benchmarks.tasks.digits import DIGITS
 from benchmarks.tasks.modular import ADD, MULTIPLY
 
+Row = dict[str, Any]  # one finished run
 TASKS: dict[str, Task] = {task.name: task for task in (ADD, MULTIPLY, CHAR_LM, DIGITS)}
 
 
@@ -37,7 +38,7 @@ class Run:
         """What makes it the same run as another."""
         return (self.task, self.method, self.lr_factor, self.seed)
 
-    def do(self) -> dict[str, Any]:
+    def do(self) -> Row:
         """Train and describe the outcome."""
         torch.set_num_threads(1)
         task = TASKS[self.task]
@@ -51,7 +52,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -59,7 +60,7 @@ class Results:
                 except json.JSONDecodeError:
                     continue  # the line that was being written when the run before was stopped
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Keep a finished run."""
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,28 +70,33 @@ class Results:
     def forget(self, method: str) -> None:
         """Drop the runs of a method, after a change to it."""
         self.rows = [row for row in self.rows if row["method"] != method]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if self.path.exists():
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those of `runs` that are not there yet."""
-        done = {(r["task"], r["method"], r["lr_factor"], r["seed"]) for r in self.rows}
+        done = self._by_key()
         return [run for run in runs if run.key not in done]
 
-    def select(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Rows with the given values, by seed."""
-        rows = [r for r in self.rows if all(r[key] == value for key, value in wanted.items())]
-        return sorted(rows, key=lambda row: row["seed"])
+    def of(self, runs: Iterable[Run]) -> list[Row]:
+        """What came of those of `runs` that are there, in their order."""
+        done = self._by_key()
+        return [done[run.key] for run in runs if run.key in done]
+
+    def _by_key(self) -> dict[tuple[str, str, float, int], Row]:
+        return {(r["task"], r["method"], r["lr_factor"], r["seed"]): r for r in self.rows}
 
 
 def run_all(runs: Sequence[Run], results: Results, jobs: int) -> None:
-    """Do the runs that are missing, `jobs` at a time, with a progress bar."""
-    missing = results.missing(runs)
+    """Do the runs, `jobs` at a time, with a progress bar, and keep each as soon as it ends."""
+    if not runs:
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as bar,
+        tqdm(total=len(runs), unit="run") as bar,
     ):
-        futures = {pool.submit(run.do): run for run in missing}
+        futures = {pool.submit(run.do): run for run in runs}
         for future in as_completed(futures):
             run = futures[future]
             results.add(future.result())

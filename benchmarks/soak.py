@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 import tempfile
@@ -66,17 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000, help="default 100,000")
     parser.add_argument("--mode", default="auto", help="of GapAware (default auto)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         seen = soak(options.steps, options.mode, Path(scratch, "run.jsonl"))
     for name, value in seen.items():
         print(f"{name:18} {value:,.6g}")
-    flat = seen["rss_growth_bytes"] < 2**20
-    bounded = seen["records_in_memory"] == HISTORY
-    steady = seen["smallest_scale"] == seen["largest_scale"] == 1.0
-    for name, holds in (("memory flat", flat), ("history bounded", bounded), ("no drift", steady)):
+    bars = {
+        "memory flat": seen["rss_growth_bytes"] < 2**20,
+        "history bounded": seen["records_in_memory"] == HISTORY,
+        "no drift": seen["smallest_scale"] == seen["largest_scale"] == 1.0,
+    }
+    for name, holds in bars.items():
         print(f"{'holds' if holds else 'FAILS':6} {name}")
-    return 0 if flat and bounded and steady else 1
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"mode": options.mode, **seen, "holds": bars}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0 if all(bars.values()) else 1
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from gapaware.checkpoint import OwnState
 from gapaware.composite import Composite, muon
 from gapaware.controller import Controller, Decision, Observation
+from gapaware.distributed import Unsupported
 from gapaware.optimizer import GapAware
 from gapaware.spectrum import Spectrum
 
@@ -18,7 +20,9 @@ __all__ = [
     "Decision",
     "GapAware",
     "Observation",
+    "OwnState",
     "Spectrum",
+    "Unsupported",
     "__version__",
     "muon",
 ]

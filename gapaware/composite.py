@@ -1,6 +1,7 @@
 """Several optimizers over one model as one `torch.optim.Optimizer`, and Muon with AdamW as its main use."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,20 @@ from gapaware.delegation import Delegating, all_or_nothing
 
 if TYPE_CHECKING:
     from gapaware.optimizer import GapAware
+
+
+# embeddings and output heads, as Hugging Face, timm and nanoGPT call them
+ADAMW_PARAMETERS = (
+    "*embed*",
+    "wte",
+    "wpe",
+    "lm_head",
+    "head",
+    "heads",
+    "classifier",
+    "score",
+    "fc",
+)
 
 
 class Composite(Delegating):
@@ -72,16 +87,24 @@ class Composite(Delegating):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """The states of all optimizers, by parameter; to change one, go to the optimizer."""
-        return {p: s for optimizer in self.optimizers for p, s in optimizer.state.items()}
+    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+        """The states of all optimizers, by parameter: a view of theirs."""
+        return _States(self.optimizers)
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of the first optimizer, which takes new groups."""
-        return self.optimizers[0].defaults
+    def defaults(self) -> dict[str, Any]:
+        """What all of them have, with the values of the last, which takes new groups.
 
-    @torch.no_grad()
+        Schedulers that cycle momentum look here for its name; where the optimizers do not share one they
+        say so, and take `cycle_momentum=False`.
+        """
+        shared = set.intersection(*(set(optimizer.defaults) for optimizer in self.optimizers))
+        return {key: self.optimizers[-1].defaults[key] for key in sorted(shared)}
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        raise AttributeError("defaults of a Composite are those of its optimizers; set them there")
+
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
@@ -130,6 +153,42 @@ class Composite(Delegating):
                 optimizer.load_state_dict({"state": state, "param_groups": mine})
 
 
+class _States(MutableMapping[Tensor, Any]):
+    """The `state` of several optimizers as one, in which every parameter has its own optimizer's."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._states = [optimizer.state for optimizer in optimizers]
+        self._home = {
+            id(parameter): optimizer.state
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def _of(self, key: Any) -> Any:
+        if id(key) not in self._home:
+            raise KeyError(key)
+        return self._home[id(key)]
+
+    def __getitem__(self, key: Tensor) -> Any:
+        return self._of(key)[key]
+
+    def __setitem__(self, key: Tensor, value: Any) -> None:
+        self._of(key)[key] = value
+
+    def __delitem__(self, key: Tensor) -> None:
+        del self._of(key)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return id(key) in self._home and key in self._home[id(key)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for state in self._states for parameter in state)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._states))
+
+
 def muon(
     model: nn.Module,
     lr: float = 2e-2,
@@ -140,7 +199,7 @@ def muon(
     momentum: float = 0.95,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adjust_lr_fn: str | None = None,
-    adamw_parameters: Iterable[str] = ("embed", "lm_head", "wte", "wpe", "classifier", "score"),
+    adamw_parameters: Iterable[str] = ADAMW_PARAMETERS,
     **gapaware_arguments: Any,
 ) -> "GapAware":
     """Muon for the hidden matrices, AdamW for everything else, and GapAware around both.
@@ -155,8 +214,9 @@ def muon(
         momentum: of Muon.
         adamw_betas: of AdamW.
         adjust_lr_fn: of `torch.optim.Muon`; "match_rms_adamw" reuses AdamW's lr.
-        adamw_parameters: matrices whose name contains one of these, embeddings and output heads, go to
-            AdamW, as Muon's author advises.
+        adamw_parameters: patterns, with `*`, of a part between the dots of a parameter's name. Matrices
+            with such a part, embeddings and output heads, go to AdamW, as Muon's author advises; embedding
+            modules are known by their class.
         gapaware_arguments: for `GapAware`, such as `mode`.
 
     Returns:
@@ -166,17 +226,17 @@ def muon(
         ValueError: the model has no trainable matrix for Muon.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = nn.ModuleDict({"hidden": nn.Linear(4, 8), "head": nn.Linear(8, 2)})
         >>> optimizer = muon(model, lr=2e-2, adamw_lr=3e-4)
         >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
-        [(2, 0.02, 0.1), (2, 0.0003, 0.0)]
+        [(1, 0.02, 0.1), (1, 0.0003, 0.1), (2, 0.0003, 0.0)]
     """
     from gapaware.optimizer import GapAware
 
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
-    fragments = tuple(adamw_parameters)
+    patterns = tuple(adamw_parameters)
     matrices: list[tuple[str, nn.Parameter]] = []
     other_matrices: list[tuple[str, nn.Parameter]] = []
     vectors: list[tuple[str, nn.Parameter]] = []
@@ -185,7 +245,9 @@ def muon(
             continue
         if parameter.ndim != 2:
             (vectors if parameter.ndim < 2 else other_matrices).append((name, parameter))
-        elif id(parameter) in embeddings or any(fragment in name for fragment in fragments):
+        elif id(parameter) in embeddings or any(
+            fnmatchcase(part, pattern) for part in name.split(".") for pattern in patterns
+        ):
             other_matrices.append((name, parameter))
         else:
             matrices.append((name, parameter))

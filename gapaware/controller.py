@@ -8,8 +8,9 @@ learning rate as a number:
 
     GapAware(base, controller=half_when_restless)
 
-It is called once a snapshot and row, on the host, and what it wants to remember it puts into
-`Decision.memory`, which comes back in the next `Observation.memory` and is saved with the optimizer.
+It is called once a snapshot and row, as soon as there is a spectrum, on the host. What it wants to
+remember it puts into `Decision.memory`, which comes back in the next `Observation.memory` and is saved
+with the optimizer.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ class Observation:
     Attributes:
         step: optimizer steps made when the snapshot was taken.
         row: "all", or the name of a parameter group or block.
-        spectrum: of this row's window; None while there are too few updates.
+        spectrum: of this row's window.
         gram: inner products of the updates, (n, n).
         decay_gram: inner products of their weight-decay parts, (n, n); None where these are unknown.
         decay_cross: inner products of updates (rows) and decay parts (columns), (n, n), or None.
@@ -57,7 +58,7 @@ class Observation:
 
     step: int
     row: str
-    spectrum: Spectrum | None
+    spectrum: Spectrum
     gram: Array
     decay_gram: Array | None
     decay_cross: Array | None

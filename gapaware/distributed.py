@@ -75,8 +75,13 @@ class Sharing:
         return sketches
 
 
-def sharing(parameters: Iterable[Tensor]) -> Sharing:
+def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sharing:
     """Find out which ranks have to add up their sketches.
+
+    Args:
+        parameters: the trainable ones.
+        replicas: ranks that hold the same whole parameters, for a model without shards: the sketch of the
+            first of them then counts for all, and so do its faults.
 
     Example:
         >>> sharing([torch.ones(3)]).ranks
@@ -84,12 +89,14 @@ def sharing(parameters: Iterable[Tensor]) -> Sharing:
     """
     meshes: dict[int, DeviceMesh] = {}
     sharded = False
+    device_type = "cpu"
     for parameter in parameters:
+        device_type = parameter.device.type
         if is_dtensor(parameter):
             meshes.setdefault(id(parameter.device_mesh), parameter.device_mesh)
             sharded = sharded or not all(p.is_replicate() for p in parameter.placements)
     if not sharded:
-        return Sharing()
+        return Sharing(replicas, device_type) if len(replicas) > 1 else Sharing()
     members = {id(mesh): tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes.values()}
     ranks = tuple(sorted(set().union(*members.values())))
     if len(ranks) == 1 or dist.get_rank() not in ranks:
@@ -197,6 +204,11 @@ def refuse(optimizer: torch.optim.Optimizer) -> None:
     """
     instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
     for leaf in leaves(optimizer):
+        if any(p.device.type == "mps" for group in leaf.param_groups for p in group["params"]):
+            raise Unsupported(
+                "base: its parameters are on MPS, which has no float64 for the sums of a sketch; train on "
+                "the CPU or CUDA, or use the wrapped optimizer alone"
+            )
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(leaf).__mro__):
             raise Unsupported(
                 "base: a ZeroRedundancyOptimizer steps a part of the parameters with an optimizer of "

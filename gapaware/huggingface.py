@@ -1,16 +1,18 @@
 """GapAware inside the Hugging Face Trainer.
 
-Two doors, each useful without the other: `optimizer` gives the Trainer a wrapped optimizer, and
-`GapAwareTrainerMixin` puts what it did into the Trainer's logs.
+Two doors, each useful without the other: `optimizer_cls_and_kwargs` gives the Trainer a wrapped
+optimizer, and `GapAwareTrainerMixin` puts what it did into the Trainer's logs.
 
-    from gapaware.huggingface import GapAwareTrainer, optimizer
+    from gapaware.huggingface import GapAwareTrainer, optimizer_cls_and_kwargs
 
     args = TrainingArguments(output_dir="run", learning_rate=3e-4, weight_decay=0.01)
     trainer = GapAwareTrainer(
         model=model,
         args=args,
         train_dataset=data,
-        optimizer_cls_and_kwargs=optimizer(args, mode="retain", log_to="run.jsonl"),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(
+            args, mode="retain", log_to="run.jsonl"
+        ),
     )
 """
 
@@ -50,7 +52,7 @@ else:
 Base = str | Callable[[nn.Module], torch.optim.Optimizer] | None
 
 
-def optimizer(
+def optimizer_cls_and_kwargs(
     args: TrainingArguments, *, base: Base = None, **options: Any
 ) -> tuple[type[Factory], dict[str, Any]]:
     """Make the Trainer wrap its optimizer in GapAware.
@@ -70,7 +72,7 @@ def optimizer(
         **options: for `GapAware`: ``mode``, ``window``, ``log_to``, ...
 
     Returns:
-        What the Trainer takes as ``optimizer_cls_and_kwargs``.
+        What the Trainer takes under the same name.
 
     Raises:
         TypeError: if an option is not one of GapAware's.
@@ -80,7 +82,9 @@ def optimizer(
         >>> args = TrainingArguments(output_dir="run", learning_rate=3e-4, use_cpu=True)
         >>> model = nn.Linear(4, 2)
         >>> trainer = Trainer(
-        ...     model=model, args=args, optimizer_cls_and_kwargs=optimizer(args, mode="observe")
+        ...     model=model,
+        ...     args=args,
+        ...     optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, mode="observe"),
         ... )
         >>> type(trainer.create_optimizer()).__name__
         'GapAware'
@@ -106,7 +110,7 @@ class Factory:
     def __call__(
         self, model: nn.Module, *, args: TrainingArguments, base: Base = None, **options: Any
     ) -> GapAware:
-        """Build the base optimizer for ``model`` and wrap it; arguments as for `optimizer`.
+        """Build the base optimizer for ``model`` and wrap it; arguments as above.
 
         Raises:
             ValueError: ``base`` returned a GapAware and there are options for another one.
@@ -153,15 +157,13 @@ class GapAwareTrainerMixin(TrainerToMixInto):
     """
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one batch; the loss of all batches of a step goes into GapAware's history."""
+        """Train on one batch; this process's loss of a whole step goes into GapAware's history."""
         loss: Tensor = super().training_step(*args, **kwargs)
         wrapper = gapaware_of(self.optimizer)
         if wrapper is not None:
             self._loss_of_step = getattr(self, "_loss_of_step", 0.0) + loss
             if self.accelerator.sync_gradients:
-                # Every rank has to see the same loss, or ranks could decide differently.
-                mean = self.accelerator.reduce(self._loss_of_step, "mean")
-                wrapper.log(loss=mean)
+                wrapper.log(loss=self._loss_of_step)
                 self._loss_of_step = 0.0
                 # The step to come may end in a decision, and the logs are about the step.
                 self._scales_of_step = wrapper.scales

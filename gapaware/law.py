@@ -34,13 +34,13 @@ def drift_law(observation: Observation) -> Decision:
     With the drift c ± s of the window (see `gapaware.drift`), its adiabaticity a per learning rate, the
     target c*, and n steps in an update, the factor f becomes
 
-        f · min((c − s)/c*)^(n·gain), growth^n)   where c − s > c* and a <= 3
+        f · min(((c − s)/c*)^(n·gain), growth^n)  where c − s > c* and a <= 3
         f · max(c/c*, 1/5)^(n·gain)               where c < c*
         f · shrinkage^n at most                   where c − s < 0: drift that may be noise
         f                                         otherwise
 
-    and stays f until the window is full, while the schedule warms up (it goes slowly on purpose), and
-    once the schedule has come down below half of its peak (it cools down on purpose).
+    and stays f until the window is full, and once the schedule has come down below half of its peak (it
+    cools down on purpose). It does not grow while the schedule warms up (it goes slowly on purpose).
     """
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
     memory = {"highest_lr": highest}
@@ -59,7 +59,7 @@ def drift_law(observation: Observation) -> Decision:
             1.0, f"the window is shorter than momentum's {observation.momentum_memory} steps"
         )
     a = adiabaticity(gram)
-    figures = f"drift {seen.mean:.2f} ± {seen.doubt:.2f}, a = {a:.2g}"
+    figures = f"drift {seen.mean:.2f} ± {seen.doubt:.2f}, a per lr {a:.2g}"
     if observation.lrs[-1] < ANNEALED * highest:
         return decide(1.0, f"{figures}: the schedule cools down, hold")
     factor, why = _by_drift(seen, observation.target, float(observation.spans[-1]))
@@ -89,10 +89,7 @@ def adiabatic_law(observation: Observation) -> Decision:
     From a small first factor, the learning rate grows while the updates keep pointing the same way, and
     gives way when they turn.
     """
-    seen = observation.spectrum
-    if seen is None:
-        return Decision(observation.scale, "too few updates yet")
-    a = seen.adiabaticity
+    a = observation.spectrum.adiabaticity
     factor = math.inf if a == 0 else (observation.target / a) ** KAPPA
     factor = min(max(factor, STEEPEST_FALL), STEEPEST_RISE)
     why = f"a = {a:.2g}, target {observation.target:g}: x{factor:.2f}"

@@ -15,7 +15,7 @@ class Mode:
         target: what it steers to.
         first_scale: factor on the learning rate before there is anything to decide on.
         min_scale: smallest factor.
-        may_raise: whether factors above 1 are allowed.
+        max_scale: largest factor.
         every_step: whether interval="auto" means every step, or the optimizer's own time scale.
     """
 
@@ -23,13 +23,13 @@ class Mode:
     target: float
     first_scale: float = 1.0
     min_scale: float = 1.0
-    may_raise: bool = False
+    max_scale: float = 1.0
     every_step: bool = False
 
 
 MODES = {
-    "auto": Mode(drift_law, DRIFT_TARGET, may_raise=True),
-    "escape": Mode(drift_law, DRIFT_TARGET, may_raise=True),
+    "auto": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
+    "escape": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
     "retain": Mode(
         adiabatic_law, ADIABATIC_TARGET, first_scale=0.02, min_scale=0.02, every_step=True
     ),

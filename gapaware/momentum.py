@@ -26,7 +26,7 @@ def memory_steps(param_groups: Iterable[dict[str, Any]]) -> int:
     """
     longest = 2
     for group in param_groups:
-        beta = group["betas"][0] if group.get("betas") else group.get("momentum", 0.0)
+        beta = group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0
         if 0.0 <= float(beta) < 1.0:
             # rounded before it is rounded up, since 1.5/(1 - 0.9) is a little more than 15
             longest = max(longest, math.ceil(round(TIME_CONSTANTS / (1.0 - float(beta)), 6)))

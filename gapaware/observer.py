@@ -106,9 +106,18 @@ class Observer:
         sketch_dim: length of a row's sketch; None for exact updates.
         granularity: see `layout.rows`.
         seed: of the sketch.
+        replicas: global ranks that hold the same whole parameters and have to agree on every sketch.
     """
 
-    def __init__(self, window: int, sketch_dim: int | None, granularity: str, seed: int) -> None:
+    def __init__(
+        self,
+        window: int,
+        sketch_dim: int | None,
+        granularity: str,
+        seed: int,
+        replicas: tuple[int, ...] = (),
+    ) -> None:
+        self.replicas = replicas
         self.settings: dict[str, Any] = {
             "window": window,
             "sketch_dim": sketch_dim,
@@ -135,11 +144,6 @@ class Observer:
         self._rates: list[float | None] = []
         self._lr_sums: list[float] = []
         self._span = 0
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a snapshot to compare the next one with."""
-        return self._last is not None
 
     @property
     def names(self) -> list[str]:
@@ -177,7 +181,10 @@ class Observer:
             return
         if isinstance(self._sketch, Identity) or self._sketch is None:
             self._sketch = Identity(max(row.size for row in rows))
+        # a fault that the other ranks have yet to find outlasts the new start
+        trouble, spoilt = self._trouble, self._spoilt
         self.restart()
+        self._trouble, self._spoilt = trouble, spoilt
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
         self._last = self._snapshot(rows)
@@ -198,7 +205,7 @@ class Observer:
             factor = scales[row]
             lr = float(group["lr"])
             self._lr_sums[row] += lr
-            decay = float(group.get("weight_decay", 0.0)) * factor.weight_decay
+            decay = float(group.get("weight_decay") or 0.0) * factor.weight_decay
             rate, so_far = decay_rate(leaf, group, lr * factor.lr, decay), self._rates[row]
             self._rates[row] = None if rate is None or so_far is None else so_far + rate
 
@@ -223,8 +230,10 @@ class Observer:
         now = self._snapshot(rows)
         last = self._last.to(now.device)
         self._window.to(now.device)
-        rates = torch.tensor([rate or 0.0 for rate in self._rates], dtype=torch.float64)
-        decay = last * -rates.to(now.device, non_blocking=True).unsqueeze(1)
+        # row by row, since a tensor of rates would have to be copied to the device
+        decay = torch.stack(
+            [row * -(rate or 0.0) for row, rate in zip(last, self._rates, strict=True)]
+        )
         self._window.push(now - last, decay)
         lrs = tuple(total / max(self._span, 1) for total in self._lr_sums)
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
@@ -243,7 +252,7 @@ class Observer:
     def _snapshot(self, rows: Sequence[layout.Row]) -> Tensor:
         """The sketches of all rows, (rows, dim), on the device of the first parameter."""
         assert self._sketch is not None
-        among = sharing(parameter for row in rows for parameter in row.parameters)
+        among = sharing((p for row in rows for p in row.parameters), self.replicas)
         home = among.home(rows[0].parameters[0].device)
         try:
             sketches = torch.stack([self._sketch_of(row, home, among) for row in rows])

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware import arguments, layout
 from gapaware.controller import Controller
 from gapaware.delegation import Delegating, all_or_nothing, is_number, leaves
 from gapaware.distributed import Unsupported, alone, is_first, refuse, sharing
 from gapaware.history import History
+from gapaware.law import drift_law
 from gapaware.modes import MODES
 from gapaware.momentum import interval_for, memory_steps
 from gapaware.observer import NotFinite, Observer, Sighting
@@ -23,14 +25,17 @@ from gapaware.record import fault_record, record
 from gapaware.scaling import Scales, scaled
 from gapaware.sketch import CHUNK
 from gapaware.spectrum import MIN_UPDATES
-from gapaware.steering import Steering
+from gapaware.steering import ControllerFault, Steering
 from gapaware.transfer import Transfer
 
 STATE_VERSION = 1
 
+# a controller of the user's is not held to what the built-in laws may do
+MIN_SCALE_OF_A_CONTROLLER = 1e-3
+
 
 class GapAware(Delegating):
-    """Wrap an optimizer: watch the spectrum of its updates, scale its learning rate and weight decay.
+    """Wrap an optimizer: watch the spectrum of its updates and scale its learning rate.
 
     Every `interval` steps the parameters are sketched; the last `window` differences between sketches
     give a Gram matrix, its spectrum the gap g and the adiabaticity a = ‖ΔG‖_F/g², and the controller
@@ -40,8 +45,9 @@ class GapAware(Delegating):
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
-        mode: "auto", up on plateaus and never in the way; "escape", up only; "retain", down only,
-            starting gently; "observe", never touches anything.
+        mode: "escape", up on plateaus, never below the given learning rate; "auto", what is best where you
+            do not know, for now the same; "retain", down only, starting gently; "observe", never touches
+            anything.
         window: W, number of updates in a spectrum.
         interval: optimizer steps between snapshots. "auto" is a third of the steps that the wrapped
             optimizer's momentum remembers (5 for AdamW), unless the controller chooses; every step with
@@ -52,14 +58,19 @@ class GapAware(Delegating):
         target: what the built-in law steers to: in the modes "auto" and "escape" the drift c* = 0.06, the
             mean cosine of updates that momentum does not connect; with mode="retain" the adiabaticity
             a* = 0.1. Larger is more careful with the first and bolder with the second.
-        max_scale: largest factor on the learning rate.
-        min_scale: smallest factor; by default 1, and 0.02 with mode="retain".
+        max_scale: largest factor on the learning rate; 64, and 1 with mode="retain".
+        min_scale: smallest factor; 1, 0.02 with mode="retain", and 0.001 with a controller of yours.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
             (with `named_parameters()`) or tensor.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
         log_to: a file that gets one line of JSON for each snapshot; `gapaware report` reads it.
         history_size: number of records that `history` keeps in memory.
         seed: of the sketch.
+        process_group: the ranks that train replicas of the model together, as with
+            DistributedDataParallel: `torch.distributed.group.WORLD`. They decide on the same sketch, one
+            all-reduce a snapshot, so that a fault on one rank is a fault on all. Without it equal replicas
+            decide alike, but a rank that runs out of memory in here takes its factors off alone. Sharded
+            models (FSDP2) need no group.
 
     Attributes:
         base: the wrapped optimizer. `param_groups`, `state` and `defaults` are its own.
@@ -70,14 +81,16 @@ class GapAware(Delegating):
         TypeError, ValueError: an argument is wrong; the message says what to pass.
 
     Example:
+        A learning rate that is much too small:
+
         >>> model = torch.nn.Linear(8, 1)
-        >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=3e-4))
-        >>> for _ in range(100):
+        >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-6))
+        >>> for _ in range(200):
         ...     optimizer.zero_grad()
-        ...     loss = model(torch.ones(4, 8)).square().mean()
+        ...     loss = (model(torch.ones(4, 8)) - 10).square().mean()
         ...     loss.backward()
         ...     _ = optimizer.step()
-        >>> optimizer.scales[0] > 1
+        >>> optimizer.scales[0] > 10
         True
     """
 
@@ -90,13 +103,14 @@ class GapAware(Delegating):
         interval: int | str = "auto",
         sketch_dim: int | None = 16_384,
         target: float | None = None,
-        max_scale: float = 64.0,
+        max_scale: float | None = None,
         min_scale: float | None = None,
         granularity: str = "global",
         controller: Controller | None = None,
         log_to: str | PathLike[str] | None = None,
         history_size: int = 1000,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         _check_base(base, granularity)
         arguments.choice("mode", mode, tuple(MODES))
@@ -105,10 +119,25 @@ class GapAware(Delegating):
         window = arguments.integer(
             "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
         )
+        memory = memory_steps(base.param_groups)
         if isinstance(interval, str):
             arguments.choice("interval", interval, ("auto",))
+            first_interval = 1 if defaults.every_step else interval_for(memory)
         else:
-            arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
+            first_interval = arguments.integer(
+                "interval", interval, low=1, why="optimizer steps between snapshots"
+            )
+            if (
+                controller is None
+                and defaults.law is drift_law
+                and (window - 1) * interval < memory
+            ):
+                warnings.warn(
+                    f"interval={interval} with window={window}: the window is shorter than the {memory} "
+                    "steps that momentum remembers, so the built-in law will never act; pass "
+                    f'interval="auto" or at least {-(-memory // (window - 1))}',
+                    stacklevel=2,
+                )
         if sketch_dim is not None:
             arguments.integer(
                 "sketch_dim",
@@ -120,11 +149,17 @@ class GapAware(Delegating):
         target = defaults.target if target is None else target
         target = arguments.positive("target", target, why="what the built-in law steers to")
         high = arguments.positive(
-            "max_scale", max_scale, low=1.0, why="the largest factor on the learning rate"
+            "max_scale",
+            defaults.max_scale if max_scale is None else max_scale,
+            low=1.0,
+            high=float("inf") if defaults.max_scale > 1.0 else 1.0,
+            why=f'the largest factor on the learning rate with mode="{mode}"',
         )
         low = arguments.positive(
             "min_scale",
-            defaults.min_scale if min_scale is None else min_scale,
+            (defaults.min_scale if controller is None else MIN_SCALE_OF_A_CONTROLLER)
+            if min_scale is None
+            else min_scale,
             high=1.0,
             why="the smallest factor on the learning rate",
         )
@@ -134,21 +169,23 @@ class GapAware(Delegating):
             raise TypeError(
                 f"controller={controller!r}: not callable; pass a function of an Observation"
             )
+        if controller is not None and mode == "observe":
+            raise ValueError(
+                'mode="observe": touches nothing, so the controller would never be asked; pass another mode'
+            )
 
         self.base = base
         self._interval_is_auto = interval == "auto"
-        self._first_interval = (
-            int(interval) if isinstance(interval, int) else _auto_interval(base, mode)
-        )
-        self._interval = self._first_interval
+        self._interval = self._first_interval = first_interval
         self._steps = 0
         self._fresh = True
         self._next_snapshot = self._interval
-        self._observer = Observer(window, sketch_dim, granularity, seed)
+        replicas = () if process_group is None else tuple(get_process_group_ranks(process_group))
+        self._observer = Observer(window, sketch_dim, granularity, seed, replicas)
         self._steering = Steering(
             None if mode == "observe" else controller or defaults.law,
             low=low,
-            high=high if defaults.may_raise else 1.0,
+            high=high,
             start=max(defaults.first_scale, low),
             target=target,
             window=window,
@@ -178,7 +215,6 @@ class GapAware(Delegating):
     # -- one step ---------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step of the wrapped optimizer, with the factors in force.
 
@@ -214,8 +250,11 @@ class GapAware(Delegating):
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.is_cuda) or lr != 0:
                 return False
+        if self.base.state:
+            return False
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return not self.base.state and not any(bool((g != 0).any()) for g in gradients)
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        return not any(bool((g != 0).any()) for g in dense)
 
     def _factors(self) -> tuple[list[Scales], dict[int, Scales] | None]:
         """The factors in force: by group, and by parameter when a group has several rows."""
@@ -335,7 +374,8 @@ class GapAware(Delegating):
         """Time what happens inside, and keep its exceptions from training."""
         begun = time.perf_counter()
         try:
-            yield
+            with torch.no_grad():
+                yield
         except Unsupported:
             raise
         except Exception as error:
@@ -349,12 +389,14 @@ class GapAware(Delegating):
 
     def _is_shared(self) -> bool:
         parameters = (p for group in self.base.param_groups for p in group["params"])
-        return bool(sharing(p for p in parameters if p.requires_grad).ranks)
+        trainable = (p for p in parameters if p.requires_grad)
+        return bool(sharing(trainable, self._observer.replicas).ranks)
 
     def _fault(self, doing: str, error: Exception) -> None:
         """Go on as the wrapped optimizer alone would, and say so."""
-        self._steering.release()
-        self._observer.restart()
+        self._steering.release(keep_memory=not self._is_shared())
+        if not isinstance(error, ControllerFault):
+            self._observer.restart()
         self._pending = None
         self._metrics = {}
         if self._interval_is_auto:
@@ -482,7 +524,8 @@ class GapAware(Delegating):
                 for name, low in (("steps", 0), ("interval", 1), ("next_snapshot", 0))
             }
             settings = self._observer.settings
-            observer, steering = Observer(**settings), copy(self._steering)
+            observer = Observer(**settings, replicas=self._observer.replicas)
+            steering = copy(self._steering)
             history = copy(self.history)
             pending = None
             steering.load_state_dict(ours["steering"])
@@ -520,10 +563,6 @@ class GapAware(Delegating):
                 f"state_dict['gapaware'] cannot be read ({type(error).__name__}: {error}); nothing was "
                 "changed. Remove the key 'gapaware' to load the wrapped optimizer's state alone"
             ) from error
-
-
-def _auto_interval(base: torch.optim.Optimizer, mode: str) -> int:
-    return 1 if MODES[mode].every_step else interval_for(memory_steps(base.param_groups))
 
 
 def _arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:

@@ -69,7 +69,7 @@ def scaled(
         for group, key, factor, before, during in kept:
             # written during the step, by a hook with a scheduler or the optimizer itself
             changed = group[key] is not during
-            group[key] = group[key] / factor if changed else before
+            group[key] = group[key] / factor if changed and factor else before
 
 
 def _apply(group: dict[str, Any], scales: Scales) -> list[tuple[str, float, Any, Any]]:

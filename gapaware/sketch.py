@@ -225,10 +225,11 @@ def _gather_order(bucket: Tensor, dim: int) -> Tensor:
     Places that do not exist point at element CHUNK, which is always zero.
     """
     rows = -(-CHUNK // dim)
-    order = torch.full((rows * dim,), CHUNK, dtype=torch.int64)
+    # the default device may be another one
+    order = torch.full((rows * dim,), CHUNK, dtype=torch.int64, device="cpu")
     by_bucket = torch.argsort(bucket, stable=True)
     sorted_bucket = bucket[by_bucket]
-    first = torch.searchsorted(sorted_bucket, torch.arange(dim))
-    nth = torch.arange(CHUNK) - first[sorted_bucket]
+    first = torch.searchsorted(sorted_bucket, torch.arange(dim, device="cpu"))
+    nth = torch.arange(CHUNK, device="cpu") - first[sorted_bucket]
     order[nth * dim + sorted_bucket] = by_bucket
     return order

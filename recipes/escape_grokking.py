@@ -4,7 +4,8 @@
 
 A small network learns a + b mod 41 from half of all pairs. With AdamW it knows the training pairs by
 heart within a few hundred steps and then stands still for thousands, until it suddenly understands
-the rule. GapAware sees that the updates have stopped turning, and speeds up.
+the rule. GapAware sees that the updates keep drifting the same way, long after the optimizer's momentum
+has forgotten, while their spectrum is quiet, and raises the learning rate.
 """
 
 from __future__ import annotations

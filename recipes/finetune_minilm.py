@@ -4,8 +4,9 @@
 
 A sentence encoder (all-MiniLM-L6-v2, 22.7M parameters) first learns to sort BBC News by topic: the
 skill to keep. Then it is fine-tuned on the sentiment of tweets, from the same weights, on the same
-batches in the same order, at the same settings: once with AdamW alone, once per GapAware mode with
-GapAware around that AdamW. Both stages run in the Hugging Face Trainer.
+batches in the same order, at the same settings: once with AdamW alone, once with AdamW at a tenth of
+the learning rate, which is the obvious way to forget less, and once per GapAware mode with GapAware
+around the first AdamW. Both stages run in the Hugging Face Trainer.
 """
 
 from __future__ import annotations
@@ -37,17 +38,23 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer
+from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer_cls_and_kwargs
 from recipes.assets import Classification, classification, minilm
 from recipes.table import table
 
 OLD, NEW = "old", "new"
-COLORS = {"AdamW": "0.75", "GapAware (auto)": "tab:blue", "GapAware (retain)": "tab:orange"}
+ADAMW, ADAMW_SMALL = "AdamW", "AdamW, lr / 10"
+COLORS = {
+    ADAMW: "0.75",
+    ADAMW_SMALL: "0.35",
+    "GapAware (auto)": "tab:blue",
+    "GapAware (retain)": "tab:orange",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run, the same for AdamW and GapAware."""
+    """Everything that decides a run, the same for all methods but for the small learning rate."""
 
     old_steps: int = 40
     old_lr: float = 5e-5
@@ -62,7 +69,10 @@ class Settings:
 
 @dataclass
 class Result:
-    """What one optimizer made of the second task, from one seed."""
+    """What one optimizer made of the second task, from one seed.
+
+    ``idle`` says why GapAware's factor never left its first value, and is None where it did.
+    """
 
     method: str
     seed: int
@@ -75,6 +85,7 @@ class Result:
     scores: list[dict[str, float]] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     log: str | None = None
+    idle: str | None = None
 
 
 class Skills(nn.Module):
@@ -203,7 +214,6 @@ def train(
         per_device_eval_batch_size=50,
         eval_strategy="steps" if score_every else "no",
         eval_steps=score_every,
-        eval_on_start=score_every is not None,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -221,7 +231,9 @@ def train(
         eval_dataset=held_out,
         compute_metrics=accuracy,
         callbacks=[stopwatch],
-        optimizer_cls_and_kwargs=None if gapaware is None else optimizer(args, **gapaware),
+        optimizer_cls_and_kwargs=(
+            None if gapaware is None else optimizer_cls_and_kwargs(args, **gapaware)
+        ),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(title))
@@ -238,12 +250,12 @@ def compare(
     settings: Settings,
     model: str | None = None,
 ) -> list[Result]:
-    """Teach the old skill once per seed, then the new one with AdamW and with GapAware.
+    """Teach the old skill once per seed, then the new one with AdamW, twice, and with GapAware.
 
     Args:
         old: the task whose skill should stay.
         new: the task to fine-tune on.
-        modes: GapAware modes to run beside AdamW alone.
+        modes: GapAware modes to run beside AdamW alone, at the learning rate and at a tenth of it.
         seeds: seeds of heads, batches and dropout; the held-out texts are always the same.
         output: folder for the logs.
         settings: what all runs have in common.
@@ -263,11 +275,16 @@ def compare(
         OLD: rows(old.held_out(settings.held_out), 0),
         NEW: rows(new.held_out(settings.held_out), 1),
     }
+    plans: list[tuple[str, float, str | None]] = [
+        (ADAMW, settings.lr, None),
+        (ADAMW_SMALL, settings.lr / 10, None),
+        *((f"GapAware ({mode})", settings.lr, mode) for mode in modes),
+    ]
     results = []
     for seed in seeds:
         set_seed(seed)
         pretrained = Skills(AutoModel.from_pretrained(source), [len(old.classes), len(new.classes)])
-        train(
+        teacher, _ = train(
             pretrained,
             lessons(old, 0, settings.old_steps, seed),
             held_out,
@@ -278,7 +295,8 @@ def compare(
             seed=seed,
             output=output,
         )
-        for mode in (None, *modes):
+        start = teacher.evaluate()
+        for method, lr, mode in plans:
             log = output / f"{mode}-seed{seed}.jsonl" if mode else None
             if log:
                 log.unlink(missing_ok=True)
@@ -287,38 +305,42 @@ def compare(
                 lessons(new, 1, settings.steps, seed),
                 held_out,
                 settings,
-                title=f"seed {seed}: {new.name} with {method(mode)}",
+                title=f"seed {seed}: {new.name} with {method}",
                 steps=settings.steps,
-                lr=settings.lr,
+                lr=lr,
                 seed=seed,
                 output=output,
                 gapaware={"mode": mode, "log_to": log} if mode else None,
                 score_every=settings.score_every,
             )
-            results.append(result(method(mode), seed, trainer, seconds, log))
+            results.append(result(method, seed, start, trainer, seconds, log))
     return results
 
 
-def method(mode: str | None) -> str:
-    """What tables call a run.
-
-    >>> method(None), method("auto")
-    ('AdamW', 'GapAware (auto)')
-    """
-    return f"GapAware ({mode})" if mode else "AdamW"
-
-
-def result(method: str, seed: int, trainer: Trainer, seconds: float, log: Path | None) -> Result:
-    """Read a run's scores and learning rates out of the Trainer's log."""
+def result(
+    method: str,
+    seed: int,
+    start: dict[str, float],
+    trainer: Trainer,
+    seconds: float,
+    log: Path | None,
+) -> Result:
+    """Read a run's scores and learning rates out of the Trainer's log; ``start`` scored step 0."""
     history = trainer.state.log_history
 
     def scores(task: str) -> dict[int, float]:
         key = f"eval_{task}_accuracy"
-        return {entry["step"]: entry[key] for entry in history if key in entry}
+        later = {int(entry["step"]): entry[key] for entry in history if key in entry}
+        return {0: start[key], **later}
 
     old, new = scores(OLD), scores(NEW)
     last = max(old)
     wrapper = gapaware_of(trainer.optimizer)
+    factors = {entry["gapaware/scale"] for entry in history if "gapaware/scale" in entry}
+    idle = None
+    if wrapper and len(factors) == 1:
+        why = wrapper.history[-1]["why"] if wrapper.history else "too short for a first look"
+        idle = f"the factor stayed at {factors.pop():g} ({why})"
     return Result(
         method=method,
         seed=seed,
@@ -335,11 +357,12 @@ def result(method: str, seed: int, trainer: Trainer, seconds: float, log: Path |
             if "learning_rate" in entry
         ],
         log=str(log) if log else None,
+        idle=idle,
     )
 
 
 def summary(results: Sequence[Result], old: str, new: str) -> str:
-    """The table: one row per method, means over the seeds."""
+    """The table, one row per method, means over the seeds; then the runs whose factor never moved."""
     rows = []
     for name in dict.fromkeys(run.method for run in results):
         runs = [run for run in results if run.method == name]
@@ -353,11 +376,12 @@ def summary(results: Sequence[Result], old: str, new: str) -> str:
                 f"{fmean(run.old_after - run.old_before for run in runs):+.1f}",
                 str(runs[0].steps),
                 f"{seconds / len(runs):.1f}",
-                "-" if name == method(None) else f"{share:.1%}",
+                f"{share:.1%}" if runs[0].log else "-",
             ]
         )
     header = ["method", f"new: {new}", f"old: {old}", "change", "steps", "seconds", "in gapaware"]
-    return table(header, rows)
+    idle = [f"{run.method}, seed {run.seed}: {run.idle}" for run in results if run.idle]
+    return "\n".join([table(header, rows), *idle])
 
 
 def draw(results: Sequence[Result], old: str, new: str, path: Path) -> None:
@@ -372,7 +396,7 @@ def draw(results: Sequence[Result], old: str, new: str, path: Path) -> None:
         runs = [run for run in results if run.method == name]
         steps = [point["step"] for point in runs[0].scores]
         # AdamW lies under the others, wide enough to be seen where GapAware leaves it alone.
-        width = 6 if name == method(None) else 2
+        width = 6 if name == ADAMW else 2
         style = {"color": COLORS.get(name, "tab:purple"), "linewidth": width, "label": name}
         for axes, task in ((left, "old"), (middle, "new")):
             curves = np.array([[point[task] for point in run.scores] for run in runs])
@@ -403,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m recipes.finetune_minilm",
-        description="Fine-tune a pretrained encoder on a second task: AdamW alone and GapAware.",
+        description="Fine-tune a pretrained encoder on a second task: AdamW, AdamW at lr / 10, GapAware.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

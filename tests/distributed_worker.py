@@ -207,13 +207,13 @@ def controller_fault(folder: Path) -> Any:
     """A controller that raises on one rank only, as one that writes to a service would."""
 
     def fragile(observation: Observation) -> Decision:
-        if dist.get_rank() == 1 and observation.step == 10:
+        if dist.get_rank() == 1 and observation.step == 20:
             raise ConnectionError("no answer")
         return law(observation)
 
     model = fsdp(network())
     optimizer = wrapped(model, controller=fragile, interval="auto")
-    warned = quietly(lambda: train(model, optimizer, range(30)))
+    warned = quietly(lambda: train(model, optimizer, range(70)))
     return {**seen(optimizer), "warned": warned}
 
 
@@ -232,6 +232,25 @@ def sketch_fault(folder: Path) -> Any:
         optimizer._observer._sketch = Full(DIM, 0)
     warned = quietly(lambda: train(model, optimizer, range(5, STEPS)))
     return {**seen(optimizer), "warned": warned}
+
+
+def replica_fault(folder: Path) -> Any:
+    """Replicas that say which ranks they are on: what happens to one happens to all."""
+    model = DistributedDataParallel(network())
+    optimizer = wrapped(model, process_group=dist.group.WORLD)
+    train(model, optimizer, range(9))
+    healthy = optimizer._observer._sketch
+
+    class Full(CountSketch):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            optimizer._observer._sketch = healthy
+            raise MemoryError("no memory on this rank")
+
+    if dist.get_rank() == 1:
+        optimizer._observer._sketch = Full(DIM, 0)
+    warned = quietly(lambda: train(model, optimizer, range(9, 30)))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {**seen(optimizer), "warned": warned, "weights": weights}
 
 
 def accounting_fault(folder: Path) -> Any:
@@ -409,7 +428,7 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, not_a_number, losses, one_log, save,
+        sketch_fault, accounting_fault, replica_fault, not_a_number, losses, one_log, save,
     ],
     4: [fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume],
 }  # fmt: skip

@@ -153,6 +153,7 @@ def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
         ("controller_fault", 1, "ConnectionError: no answer"),
         ("sketch_fault", 1, "MemoryError: no memory on this rank"),
         ("accounting_fault", 0, "IndexError"),
+        ("replica_fault", 1, "MemoryError: no memory on this rank"),
         ("not_a_number", None, None),
     ],
 )
@@ -175,6 +176,12 @@ def test_a_fault_on_one_rank_is_one_of_all(two, scenario, rank, cause):
     assert after[0] == after[1]
     assert results[0]["interval"] == results[1]["interval"]
     assert results[0]["steering"] == results[1]["steering"]
+
+
+def test_replicas_stay_replicas_after_a_fault_on_one(two):
+    results = of(two, "replica_fault")
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
+    assert len(set(results[0]["scales"]) - {None}) > 1  # factors moved, before and after the fault
 
 
 def fault(result):

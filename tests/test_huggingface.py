@@ -24,7 +24,12 @@ from transformers import (
 )
 
 from gapaware import Composite, Decision, GapAware
-from gapaware.huggingface import GapAwareTrainer, GapAwareTrainerMixin, gapaware_of, optimizer
+from gapaware.huggingface import (
+    GapAwareTrainer,
+    GapAwareTrainerMixin,
+    gapaware_of,
+    optimizer_cls_and_kwargs,
+)
 
 ROWS = [{"input_ids": [(7 * i + j) % 50 for j in range(8)], "labels": i % 3} for i in range(64)]
 
@@ -72,7 +77,7 @@ def trainer_for(
         args=args,
         train_dataset=ROWS,
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=optimizer(args, **options),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, **options),
     )
 
 
@@ -171,19 +176,19 @@ def test_own_function_may_return_a_gapaware(tmp_path):
 @pytest.mark.parametrize("base", ["adam", 3, torch.optim.AdamW])
 def test_wrong_base_names_the_way_out(tmp_path, base):
     with pytest.raises(ValueError, match=r"base=.*function of the model"):
-        optimizer(arguments(tmp_path), base=base)
+        optimizer_cls_and_kwargs(arguments(tmp_path), base=base)
 
 
 def test_unknown_option_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match="modus"):
-        optimizer(arguments(tmp_path), modus="auto")
+        optimizer_cls_and_kwargs(arguments(tmp_path), modus="auto")
 
 
 def test_deepspeed_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.deepspeed_plugin = object()
     with pytest.raises(ValueError, match=r"args\.deepspeed.*FSDP"):
-        optimizer(args)
+        optimizer_cls_and_kwargs(args)
 
 
 # -- training ------------------------------------------------------------------------------------

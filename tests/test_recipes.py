@@ -66,15 +66,6 @@ def test_held_out_set_may_not_take_everything():
         corpus.sample(1, seed=0, held_out=2)
 
 
-def test_king_james():
-    try:
-        text = assets.king_james()
-    except assets.MissingAssetError as missing:
-        pytest.skip(str(missing))
-    assert text.startswith("In the beginning God created")
-    assert len(text) > 4_000_000
-
-
 def test_unknown_data_set_without_datasets(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match=r"'imdb' is none of the packaged.*pip install datasets"):
@@ -163,18 +154,25 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     command = f"--mode auto observe --seeds 0 1 --steps 12 --held-out 40 --output {output}"
     results = finetune_minilm.main([*command.split(), "--model", str(tiny_encoder)])
     printed = capsys.readouterr().out
-    for text in ("AdamW", "GapAware (auto)", "GapAware (observe)", "in gapaware", "scores.png"):
+    methods = ["AdamW", "AdamW, lr / 10", "GapAware (auto)", "GapAware (observe)"]
+    for text in (*methods, "in gapaware", "scores.png"):
         assert text in printed
+    assert "GapAware (auto), seed 1: the factor stayed at 1 (too few updates yet)" in printed
     assert (output / "scores.png").stat().st_size > 10_000
     saved = json.loads((output / "results.json").read_text())
     assert saved["settings"]["steps"] == 12
-    assert len(saved["results"]) == len(results) == 6
+    assert [(run["method"], run["seed"]) for run in saved["results"]] == [
+        (method, seed) for seed in (0, 1) for method in methods
+    ]
 
-    alone, _, observed = results[:3]
+    alone, small, _, observed = results[:4]
     assert observed.scores == alone.scores
     assert observed.learning_rates == alone.learning_rates
     assert len(alone.learning_rates) == alone.steps == 12
-    assert [point["step"] for point in alone.scores] == [0, 10, 12]
+    assert [point["step"] for point in alone.scores] == [0, 12]
+    assert small.scores[0] == alone.scores[0]
+    assert small.learning_rates == pytest.approx([lr / 10 for lr in alone.learning_rates])
+    assert alone.idle is None
     assert observed.gapaware_seconds > 0 == alone.gapaware_seconds
     assert (output / "auto-seed1.jsonl").is_file()
 
@@ -186,7 +184,7 @@ def test_finetune_the_real_model(packaged, tmp_path):
         old_steps=2, steps=2, batch_size=4, held_out=20, score_every=2
     )
     _, news, tweets = packaged
-    alone, wrapped = finetune_minilm.compare(news, tweets, ["auto"], [0], tmp_path, settings)
+    alone, _, wrapped = finetune_minilm.compare(news, tweets, ["auto"], [0], tmp_path, settings)
     assert alone.old_before == wrapped.old_before
     assert wrapped.steps == 2
     assert 0 < wrapped.gapaware_seconds < wrapped.seconds

@@ -57,6 +57,31 @@ BASES = {
 }
 
 
+# Muon's momentum and AdamW's betas have no name in common that a scheduler could cycle
+NO_SHARED_MOMENTUM = {
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(
+        o, max_lr=0.1, total_steps=STEPS + 1, cycle_momentum=False
+    ),
+    "OneCycleLR linear": lambda o: schedulers.OneCycleLR(
+        o, max_lr=0.1, total_steps=STEPS + 1, anneal_strategy="linear", cycle_momentum=False
+    ),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 1e-3, 1e-2, step_size_up=6, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("name", NO_SHARED_MOMENTUM)
+def test_momentum_that_cannot_be_cycled_is_refused(name):
+    optimizer = GapAware(BASES["composite"](parameters()), interval=5)
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        SCHEDULERS[name](optimizer)
+
+
+def build_of(name, base):
+    return (
+        NO_SHARED_MOMENTUM.get(name, SCHEDULERS[name]) if base == "composite" else SCHEDULERS[name]
+    )
+
+
 def test_every_scheduler_of_torch_is_here():
     covered = {name.split()[0] for name in SCHEDULERS}
     assert set(schedulers.__all__) - {"LRScheduler"} <= covered
@@ -91,7 +116,7 @@ def test_same_rates_as_without_the_wrapper(name, base):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns where it takes the order of steps for wrong
         warnings.filterwarnings("ignore", message=".*epoch parameter", category=UserWarning)
-        expected = rates_of(BASES[base](alone), alone, SCHEDULERS[name])
+        expected = rates_of(BASES[base](alone), alone, build_of(name, base))
         optimizer = GapAware(
             BASES[base](wrapped),
             interval=2,
@@ -99,7 +124,7 @@ def test_same_rates_as_without_the_wrapper(name, base):
             granularity="block" if base == "adamw" else "global",
             controller=lambda seen: 1.0 + seen.step % 3,
         )
-        assert_equal(expected, rates_of(optimizer, wrapped, SCHEDULERS[name]))
+        assert_equal(expected, rates_of(optimizer, wrapped, build_of(name, base)))
     assert set(optimizer.history.column("next_scale")) == {1.0, 2.0, 3.0}
 
 
