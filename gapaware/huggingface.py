@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gapaware import GapAware, muon
+from gapaware.distributed import alone
 
 try:
     import transformers
@@ -115,10 +116,12 @@ class Factory:
         Raises:
             ValueError: ``base`` returned a GapAware and there are options for another one.
         """
+        # the Trainer steps on all ranks together, so they can agree on every snapshot
+        together = {"process_group": None if alone() else torch.distributed.group.WORLD, **options}
         if callable(base):
             built = base(model)
             if not isinstance(built, GapAware):
-                return GapAware(built, **options)
+                return GapAware(built, **together)
             if options:
                 raise ValueError(
                     f"{', '.join(options)}: base returned a GapAware, which has its options "
@@ -133,12 +136,12 @@ class Factory:
                 weight_decay=args.weight_decay,
                 adamw_betas=(args.adam_beta1, args.adam_beta2),
                 adjust_lr_fn="match_rms_adamw",
-                **options,
+                **together,
             )
         if base == "adamw":
             args = copy.copy(args)
             args.optim = "adamw_torch"
-        return GapAware(_trainers_own_optimizer(model, args), **options)
+        return GapAware(_trainers_own_optimizer(model, args), **together)
 
 
 class GapAwareTrainerMixin(TrainerToMixInto):

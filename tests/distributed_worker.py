@@ -253,6 +253,16 @@ def replica_fault(folder: Path) -> Any:
     return {**seen(optimizer), "warned": warned, "weights": weights}
 
 
+def trainers_optimizer(folder: Path) -> Any:
+    from gapaware.huggingface import Factory
+
+    def base(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters())
+
+    optimizer = Factory()(network(), args=None, base=base)
+    return optimizer._observer.replicas
+
+
 def accounting_fault(folder: Path) -> Any:
     """An exception between two snapshots, on one rank only."""
     model = fsdp(network())
@@ -428,7 +438,7 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, replica_fault, not_a_number, losses, one_log, save,
+        sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses, one_log, save,
     ],
     4: [fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume],
 }  # fmt: skip

@@ -184,6 +184,10 @@ def test_replicas_stay_replicas_after_a_fault_on_one(two):
     assert len(set(results[0]["scales"]) - {None}) > 1  # factors moved, before and after the fault
 
 
+def test_ranks_of_the_trainer_agree(two):
+    assert of(two, "trainers_optimizer") == [(0, 1), (0, 1)]
+
+
 def fault(result):
     return next(s for f, s in zip(result["scales"], result["steps"], strict=True) if f is None)
 
