@@ -14,14 +14,15 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware import arguments, layout
 from gapaware.controller import Controller
-from gapaware.delegation import Delegating, all_or_nothing, is_number, leaves
-from gapaware.distributed import Unsupported, alone, is_first, refuse, sharing
+from gapaware.delegation import Delegating, all_or_nothing, is_number
+from gapaware.distributed import Unsupported, alone, is_first, sharing
 from gapaware.history import History
 from gapaware.law import drift_law
 from gapaware.modes import MODES
 from gapaware.momentum import interval_for, memory_steps
 from gapaware.observer import NotFinite, Observer, Sighting
 from gapaware.record import fault_record, record
+from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.scaling import Scales, scaled
 from gapaware.sketch import CHUNK
 from gapaware.spectrum import MIN_UPDATES
@@ -112,7 +113,9 @@ class GapAware(Delegating):
         seed: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        _check_base(base, granularity)
+        if isinstance(base, GapAware):
+            raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
+        refuse_base(base, granularity)
         arguments.choice("mode", mode, tuple(MODES))
         arguments.choice("granularity", granularity, layout.GRANULARITIES)
         defaults = MODES[mode]
@@ -224,7 +227,7 @@ class GapAware(Delegating):
         Returns:
             What the wrapped optimizer returns: the closure's loss, or None.
         """
-        _refuse_capture()
+        refuse_capture()
         if closure is None and self._is_rehearsal():
             return self.base.step(closure)
         with scaled(self.base, *self._begin()):
@@ -571,48 +574,3 @@ def _arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:
         name: float(value.result()) if isinstance(value, Transfer) else value
         for name, value in metrics.items()
     }
-
-
-def _refuse_capture() -> None:
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise Unsupported(
-            "GapAware.step() in a CUDA graph: the graph would repeat the factors of this moment for "
-            "ever; capture the forward and backward pass alone and call step() after each replay"
-        )
-
-
-def _check_base(base: Any, granularity: str) -> None:
-    if type(base).__module__.startswith("deepspeed.runtime"):
-        raise Unsupported(
-            f"base={type(base).__name__}: DeepSpeed partitions the parameters and does not tell which "
-            "elements a partition holds; use torch.distributed.fsdp.fully_shard (FSDP2) instead"
-        )
-    if isinstance(base, GapAware):
-        raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
-    if not isinstance(base, torch.optim.Optimizer):
-        raise TypeError(
-            f"base={type(base).__name__}: not a torch.optim.Optimizer; pass one that is built, such "
-            "as torch.optim.AdamW(model.parameters(), lr=3e-4)"
-        )
-    refuse(base)
-    for number, group in enumerate(base.param_groups):
-        if not is_number(group.get("lr")):
-            raise ValueError(
-                f"base={type(base).__name__}: its parameter group {number} has "
-                f"lr={group.get('lr')!r}, no number to scale; wrap an optimizer that is given its lr"
-            )
-        if group.get("differentiable"):
-            raise ValueError(
-                f"base={type(base).__name__}: differentiable=True differentiates through the learning "
-                "rate, which GapAware replaces while it steps; pass differentiable=False"
-            )
-    for leaf in leaves(base) if granularity == "block" else ():
-        if isinstance(leaf, torch.optim.LBFGS) or _holds_an_optimizer(leaf):
-            raise ValueError(
-                f"granularity='block': {type(leaf).__name__} cannot have its parameter groups divided "
-                "into blocks for a step; pass granularity='group'"
-            )
-
-
-def _holds_an_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    return any(isinstance(held, torch.optim.Optimizer) for held in vars(optimizer).values())

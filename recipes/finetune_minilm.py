@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         default=["auto", "retain"],
         choices=["auto", "escape", "retain", "observe"],
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=defaults.steps, help="on the new task")
     parser.add_argument("--lr", type=float, default=defaults.lr, help="on the new task")
     parser.add_argument(

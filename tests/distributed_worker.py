@@ -438,7 +438,8 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses, one_log, save,
+        sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses,
+        one_log, save,
     ],
     4: [fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume],
 }  # fmt: skip
