@@ -89,3 +89,22 @@ def decay_share(updates: Array, decay: Array) -> float:
     """‖X_d‖² / (‖X_d‖² + ‖X − X_d‖²) of a window X and its weight-decay part X_d, both (W, P)."""
     by_decay, by_gradient = (decay**2).sum(), ((updates - decay) ** 2).sum()
     return float(by_decay / (by_decay + by_gradient))
+
+
+def distant_cosines(updates: Array, distances: Array, spans: Array, memory: int) -> list[float]:
+    """Cosines of all pairs of updates per learning rate that begin at least `memory` steps apart.
+
+    Args:
+        updates: (n, P).
+        distances: Σ lr × factor over the steps of each update, (n,).
+        spans: optimizer steps in each, (n,).
+        memory: optimizer steps.
+    """
+    start = [sum(spans[:i]) for i in range(len(spans))]
+    directions = [x / distance for x, distance in zip(updates, distances, strict=True)]
+    return [
+        float(x @ y / (scipy.linalg.norm(x) * scipy.linalg.norm(y)))
+        for i, x in enumerate(directions)
+        for j, y in enumerate(directions)
+        if start[j] - start[i] >= memory
+    ]

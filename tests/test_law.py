@@ -1,0 +1,147 @@
+"""The built-in laws do what they say, and the drift they steer by equals its reference."""
+
+import numpy as np
+import pytest
+
+from gapaware import Observation, reference
+from gapaware.drift import drift, per_learning_rate
+from gapaware.law import ADIABATIC_TARGET, DRIFT_TARGET, GROWTH, adiabatic_law, drift_law
+from gapaware.spectrum import adiabaticity, spectrum
+
+W, P, SPAN = 10, 3000, 5.0
+
+
+def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, **more):
+    n = len(updates)
+    gram = updates @ updates.T
+    lrs = np.full(n, 1e-3) if lrs is None else np.asarray(lrs)
+    described = {
+        "step": 100,
+        "row": "all",
+        "spectrum": spectrum(gram, lr=1e-3, window=W),
+        "gram": gram,
+        "decay_gram": None,
+        "decay_cross": None,
+        "lrs": lrs,
+        "scales": np.full(n, scale),
+        "spans": np.full(n, SPAN),
+        "lr": float(lrs[-1]),
+        "scale": scale,
+        "interval": int(SPAN),
+        "min_scale": 1.0,
+        "max_scale": 64.0,
+        "target": target,
+        "window": W,
+        "momentum_memory": 15,
+        "loss": None,
+        "memory": memory or {},
+    }
+    return Observation(**{**described, **more})
+
+
+def updates(drifting: float, n: int = W + 1, seed: int = 0):
+    """White noise, with a common direction of `drifting` times its norm."""
+    random = np.random.default_rng(seed)
+    common = random.normal(size=P)
+    return random.normal(size=(n, P)) + drifting * common
+
+
+@pytest.mark.parametrize("drifting", [0.0, 0.3, 2.0])
+def test_drift_equals_reference(drifting):
+    random = np.random.default_rng(1)
+    x, spans = updates(drifting), random.integers(1, 9, W + 1).astype(float)
+    distances = random.uniform(0.5, 2.0, W + 1)
+    expected = reference.distant_cosines(x, distances, spans, 15)
+    seen = drift(per_learning_rate(x @ x.T, distances), spans, 15)
+    assert seen.mean == pytest.approx(np.mean(expected))
+    assert seen.doubt == pytest.approx(np.std(expected))
+
+
+def test_per_learning_rate_equals_the_gram_matrix_of_divided_updates():
+    x, distances = updates(0.5), np.linspace(0.1, 3.0, W + 1)
+    divided = x / distances[:, None] * distances[-1]
+    np.testing.assert_allclose(per_learning_rate(x @ x.T, distances), divided @ divided.T)
+
+
+def test_adiabaticity_equals_reference():
+    x = updates(1.0)
+    assert adiabaticity(x @ x.T) == pytest.approx(reference.adiabaticity(x))
+
+
+def test_no_two_updates_beyond_momentum():
+    x = updates(1.0)
+    assert drift(x @ x.T, np.ones(W + 1), memory=15) is None
+    decision = drift_law(observe(x, spans=np.ones(W + 1)))
+    assert decision.scale == 1.0
+    assert "shorter than momentum" in decision.why
+
+
+def test_steady_drift_grows_at_most_by_the_rate():
+    decision = drift_law(observe(updates(2.0), scale=2.0))
+    assert decision.scale == pytest.approx(2.0 * GROWTH**SPAN)
+    assert "grow" in decision.why
+
+
+def test_more_drift_grows_faster():
+    grown = [drift_law(observe(updates(x))).scale for x in (0.4, 0.5, 2.0)]
+    assert 1.0 < grown[0] < grown[1] < grown[2]
+
+
+def test_white_noise_shrinks_what_has_grown():
+    decision = drift_law(observe(updates(0.0), scale=8.0))
+    assert decision.scale < 8.0
+    assert "shrink" in decision.why
+
+
+def test_oscillation_shrinks():
+    x = updates(0.0) * 0.1 + np.where(np.arange(W + 1) % 2, 1.0, -1.0)[:, None]
+    assert drift_law(observe(x, scale=8.0)).scale < 8.0
+
+
+def test_a_filling_window_holds():
+    decision = drift_law(observe(updates(2.0, n=W)))
+    assert decision.scale == 1.0
+    assert "filling" in decision.why
+
+
+def test_warming_up_does_not_grow_but_may_shrink():
+    lrs = np.linspace(1e-4, 1e-3, W + 1)
+    x = updates(2.0) * lrs[:, None]
+    decision = drift_law(observe(x, lrs=lrs))
+    assert decision.scale == 1.0
+    assert "warms up" in decision.why
+    assert drift_law(observe(updates(0.0) * lrs[:, None], lrs=lrs, scale=4.0)).scale < 4.0
+
+
+def test_cooling_down_holds_whatever_is_seen():
+    for x in (updates(2.0), updates(0.0)):
+        decision = drift_law(observe(x, scale=4.0, memory={"highest_lr": 3e-3}))
+        assert decision.scale == 4.0
+        assert "cools down" in decision.why
+        assert decision.memory == {"highest_lr": 3e-3}
+
+
+def test_a_turning_spectrum_vetoes_growth():
+    # a weak common direction, seen clearly over many parameters, in updates whose size jumps
+    x = updates(0.4) * np.where(np.arange(W + 1) % 2, 0.5, 1.5)[:, None]
+    decision = drift_law(observe(x))
+    assert adiabaticity(x @ x.T) > 3
+    assert decision.scale == 1.0
+    assert "turns" in decision.why
+
+
+def test_the_schedule_is_not_read_as_a_change_of_the_spectrum():
+    """Updates that shrink with the schedule alone give the decision of updates that do not."""
+    lrs = np.linspace(1e-3, 6e-4, W + 1)
+    x = updates(2.0)
+    scheduled = drift_law(observe(x * lrs[:, None], lrs=lrs))
+    constant = drift_law(observe(x))
+    assert scheduled.scale == pytest.approx(constant.scale)
+
+
+def test_adiabatic_law_moves_towards_its_target():
+    calm, restless = updates(30.0), updates(0.0)
+    up = adiabatic_law(observe(calm, scale=0.1, target=ADIABATIC_TARGET))
+    down = adiabatic_law(observe(restless, scale=0.1, target=ADIABATIC_TARGET))
+    assert 0.1 < up.scale <= 0.12
+    assert 0.05 <= down.scale < 0.1
