@@ -217,10 +217,8 @@ def controller_fault(folder: Path) -> Any:
     return {**seen(optimizer), "warned": warned}
 
 
-def sketch_fault(folder: Path) -> Any:
-    model = fsdp(network())
-    optimizer = wrapped(model)
-    train(model, optimizer, range(5))
+def break_next_sketch(optimizer: GapAware, rank: int) -> None:
+    """Let one rank run out of memory in its next sketch, and only in that one."""
     healthy = optimizer._observer._sketch
 
     class Full(CountSketch):
@@ -228,8 +226,15 @@ def sketch_fault(folder: Path) -> Any:
             optimizer._observer._sketch = healthy
             raise MemoryError("no memory on this rank")
 
-    if dist.get_rank() == 1:
+    if dist.get_rank() == rank:
         optimizer._observer._sketch = Full(DIM, 0)
+
+
+def sketch_fault(folder: Path) -> Any:
+    model = fsdp(network())
+    optimizer = wrapped(model)
+    train(model, optimizer, range(5))
+    break_next_sketch(optimizer, rank=1)
     warned = quietly(lambda: train(model, optimizer, range(5, STEPS)))
     return {**seen(optimizer), "warned": warned}
 
@@ -239,15 +244,7 @@ def replica_fault(folder: Path) -> Any:
     model = DistributedDataParallel(network())
     optimizer = wrapped(model, process_group=dist.group.WORLD)
     train(model, optimizer, range(9))
-    healthy = optimizer._observer._sketch
-
-    class Full(CountSketch):
-        def __call__(self, *args: Any) -> torch.Tensor:
-            optimizer._observer._sketch = healthy
-            raise MemoryError("no memory on this rank")
-
-    if dist.get_rank() == 1:
-        optimizer._observer._sketch = Full(DIM, 0)
+    break_next_sketch(optimizer, rank=1)
     warned = quietly(lambda: train(model, optimizer, range(9, 30)))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return {**seen(optimizer), "warned": warned, "weights": weights}
