@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-nightly test-third-party lint types bench-quick format clean
+.PHONY: demo test test-nightly test-third-party test-kernel lint types bench-quick format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recipes.finetune_minilm
@@ -24,6 +24,13 @@ test-third-party:
 	.venv-third-party/bin/python -m pip install --quiet -c constraints.txt torch numpy scipy pytest
 	.venv-third-party/bin/python -m pip install --quiet --no-deps -r tests/third_party/requirements.txt -e .
 	OMP_NUM_THREADS=1 .venv-third-party/bin/python -m pytest tests/third_party
+
+# the CUDA kernel without a GPU, in Triton's interpreter and compiled for an H100
+test-kernel:
+	$(PYTHON) -m venv build/venv-kernel
+	build/venv-kernel/bin/python -m pip install --quiet -c constraints.txt torch numpy scipy pytest
+	build/venv-kernel/bin/python -m pip install --quiet --no-deps -r tests/kernel/requirements.txt -e .
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 build/venv-kernel/bin/python -m pytest tests/test_kernel.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,4 +53,4 @@ $(INSTALLED): pyproject.toml constraints.txt recipes/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-third-party .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs
+	rm -rf $(VENV) .venv-third-party build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from gapaware.checkpoint import OwnState
 from gapaware.composite import Composite, muon
+from gapaware.consolidate import Consolidation, consolidate, starting_weights
 from gapaware.controller import Controller, Decision, Observation
 from gapaware.distributed import Unsupported
 from gapaware.optimizer import GapAware
@@ -16,6 +17,7 @@ except PackageNotFoundError:  # run from the source tree without an installation
 
 __all__ = [
     "Composite",
+    "Consolidation",
     "Controller",
     "Decision",
     "GapAware",
@@ -24,5 +26,7 @@ __all__ = [
     "Spectrum",
     "Unsupported",
     "__version__",
+    "consolidate",
     "muon",
+    "starting_weights",
 ]

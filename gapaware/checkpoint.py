@@ -1,7 +1,8 @@
 """GapAware's own state as an entry of its own in a distributed checkpoint.
 
 `torch.distributed.checkpoint.state_dict` keeps `state` and `param_groups` of an optimizer, in terms of
-parameter names, and drops everything else. What GapAware adds to a state is small, and every rank has it.
+parameter names, and drops everything else. What GapAware adds to a state is small, and every rank has it,
+but for the starting weights that mode="retain" keeps: these are sharded as the parameters are.
 """
 
 import io
@@ -43,10 +44,17 @@ class OwnState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """One entry of bytes, whose length may differ between checkpoints where a tensor's may not."""
+        """One entry of bytes, whose length may differ between checkpoints where a tensor's may not.
+
+        And the starting weights where there are any, on which a checkpoint is loaded in place.
+        """
+        own = self.optimizer.state_dict()["gapaware"]
+        weights = self.optimizer.starting_weights()
+        if own["anchor"]:
+            own["anchor"]["weights"] = {}
         buffer = io.BytesIO()
-        torch.save(self.optimizer.state_dict()["gapaware"], buffer)
-        return {"bytes": buffer.getvalue()}
+        torch.save(own, buffer)
+        return {"bytes": buffer.getvalue(), **({"anchor": weights} if weights else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; nothing changes if that fails.
@@ -57,6 +65,8 @@ class OwnState:
         try:
             buffer = io.BytesIO(state_dict["bytes"])
             own = torch.load(buffer, map_location="cpu", weights_only=True)
+            if own["anchor"]:
+                own["anchor"]["weights"] = state_dict.get("anchor", {})
         except Exception as error:
             raise ValueError(
                 f"GapAware's own state cannot be read ({type(error).__name__}: {error}); nothing was "

@@ -46,10 +46,11 @@ class Observation:
         spans: optimizer steps in each update.
         lr: learning rate that the schedule gives now, before scaling; of several groups, the largest.
         scale: factor that is on it now.
+        pull: share of the way back to the starting weights that follows each step now.
         interval: steps between snapshots now.
         min_scale: smallest factor that the user allows.
         max_scale: largest factor that the user allows.
-        target: what the built-in laws steer to: a drift, in mode "retain" an adiabaticity.
+        target: what the built-in laws steer to: a drift, in mode "retain" how fast the pull may give way.
         window: W.
         momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
         loss: last loss that was seen, or None.
@@ -67,6 +68,7 @@ class Observation:
     spans: Array
     lr: float
     scale: float
+    pull: float
     interval: int
     min_scale: float
     max_scale: float
@@ -85,6 +87,8 @@ class Decision:
         scale: factor on the learning rate; kept within [min_scale, max_scale].
         why: the reason, in a few words, for the history.
         weight_decay_scale: factor on the weight decay, on top of `scale`.
+        pull: share of the way back to the starting weights that follows each step, in [0, 1]; needs an
+            anchor to pull to.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -92,12 +96,14 @@ class Decision:
     scale: float
     why: str = ""
     weight_decay_scale: float = 1.0
+    pull: float = 0.0
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 
     def scales(self, low: float, high: float) -> Scales:
         """The factors for the optimizer, the one on the learning rate kept within [low, high]."""
-        return Scales(min(max(float(self.scale), low), high), float(self.weight_decay_scale))
+        scale = min(max(float(self.scale), low), high)
+        return Scales(scale, float(self.weight_decay_scale), float(self.pull))
 
 
 Controller = Callable[[Observation], Decision | float]
@@ -129,6 +135,8 @@ def as_decision(answer: Any) -> Decision:
             raise ValueError(
                 f"controller returned {name}={factor}: a factor has to be finite and not negative"
             )
+    if not 0 <= answer.pull <= 1:
+        raise ValueError(f"controller returned pull={answer.pull}: return a share within [0, 1]")
     interval = answer.interval
     if interval is not None and (not isinstance(interval, Integral) or interval < 1):
         raise ValueError(f"controller returned interval={interval!r}: return an integer >= 1")

@@ -1,11 +1,9 @@
 """The built-in control laws: what a snapshot means for the learning rate.
 
 `drift_law`, for the modes "auto" and "escape", raises the learning rate while the motion is persistent
-and the spectrum quiet. `adiabatic_law`, for "retain", starts gently and lets the learning rate grow
-only as long as the spectrum does not turn. What was tried on the way to them is in benchmarks/LOG.md.
+and the spectrum quiet. `retain_law`, for "retain", pulls towards the starting weights, ever more slowly.
+What was tried on the way to them is in benchmarks/LOG.md.
 """
-
-import math
 
 import numpy as np
 
@@ -22,10 +20,9 @@ SHRINKAGE = 0.98
 LEAST_DRIFT = 0.2
 ANNEALED = 0.5
 
-# adiabatic_law
-ADIABATIC_TARGET = 0.1
-KAPPA = 0.1
-STEEPEST_RISE, STEEPEST_FALL = 1.2, 0.5
+# retain_law
+RETAIN_TARGET = 0.5
+FIRST_PULL = 0.2
 
 
 def drift_law(observation: Observation) -> Decision:
@@ -83,14 +80,16 @@ def _by_drift(seen: Drift, target: float, span: float) -> tuple[float, str]:
     return factor, why
 
 
-def adiabatic_law(observation: Observation) -> Decision:
-    """Steer the adiabaticity a to its target a*: f ← f · clip((a*/a)^κ, ½, 1.2).
+def retain_law(observation: Observation) -> Decision:
+    """Let the pull ρ towards the starting weights give way adiabatically; leave the learning rate alone.
 
-    From a small first factor, the learning rate grows while the updates keep pointing the same way, and
-    gives way when they turn.
+    The weights follow the equilibrium between gradient and pull at the rate ρ, so that the equilibrium may
+    move only at a rate that is small against it. With |dρ/dt| = 𝒜*·ρ², rate of change over gap squared as
+    in the adiabatic parameter 𝒜, the pull after t steps is
+
+        ρ = 1 / (1/ρ_0 + 𝒜*·t)
+
+    whatever the learning rate and the length of the run.
     """
-    a = observation.spectrum.adiabaticity
-    factor = math.inf if a == 0 else (observation.target / a) ** KAPPA
-    factor = min(max(factor, STEEPEST_FALL), STEEPEST_RISE)
-    why = f"a = {a:.2g}, target {observation.target:g}: x{factor:.2f}"
-    return Decision(observation.scale * factor, why)
+    pull = 1 / (1 / FIRST_PULL + observation.target * observation.step)
+    return Decision(1.0, f"pull {pull:.2g} towards the start", pull=pull)

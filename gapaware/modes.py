@@ -1,9 +1,9 @@
-"""What the modes are: a law, its target, and the factors that it may use."""
+"""What the modes are: a law, its target, and how far it may go."""
 
 from dataclasses import dataclass
 
 from gapaware.controller import Controller
-from gapaware.law import ADIABATIC_TARGET, DRIFT_TARGET, adiabatic_law, drift_law
+from gapaware.law import DRIFT_TARGET, FIRST_PULL, RETAIN_TARGET, drift_law, retain_law
 
 
 @dataclass(frozen=True)
@@ -13,25 +13,20 @@ class Mode:
     Attributes:
         law: the built-in controller, None to observe only.
         target: what it steers to.
-        first_scale: factor on the learning rate before there is anything to decide on.
-        min_scale: smallest factor.
-        max_scale: largest factor.
-        every_step: whether interval="auto" means every step, or the optimizer's own time scale.
+        max_scale: largest factor on the learning rate.
+        first_pull: towards the starting weights, before there is anything to decide on; 0 in a mode that
+            keeps none.
     """
 
     law: Controller | None
     target: float
-    first_scale: float = 1.0
-    min_scale: float = 1.0
     max_scale: float = 1.0
-    every_step: bool = False
+    first_pull: float = 0.0
 
 
 MODES = {
     "auto": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
     "escape": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
-    "retain": Mode(
-        adiabatic_law, ADIABATIC_TARGET, first_scale=0.02, min_scale=0.02, every_step=True
-    ),
+    "retain": Mode(retain_law, RETAIN_TARGET, first_pull=FIRST_PULL),
     "observe": Mode(None, DRIFT_TARGET),
 }

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from gapaware import layout
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
-from gapaware.distributed import Sharing, Unsupported, refuse, sharing
+from gapaware.distributed import Sharing, Unsupported, is_dtensor, refuse, sharing
 from gapaware.scaling import Scales
 from gapaware.sketch import CountSketch, Identity
-from gapaware.transfer import Transfer
+from gapaware.transfer import Transfer, send
 from gapaware.window import Window
 
 
@@ -24,11 +25,22 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what an update was made: mean lr of each row before scaling, its factor, and the steps."""
+    """Under what an update was made.
 
-    lrs: tuple[float, ...]
+    Attributes:
+        mean_lrs: lr of each row before scaling, (rows,), perhaps on its way to the host.
+        scales: factor on it.
+        span: optimizer steps.
+    """
+
+    mean_lrs: Transfer
     scales: tuple[float, ...]
     span: int
+
+    @cached_property
+    def lrs(self) -> tuple[float, ...]:
+        """Mean lr of each row before scaling."""
+        return tuple(self.mean_lrs.result().tolist())
 
     def as_list(self) -> list[Any]:
         """Plain lists and numbers, for a state dict."""
@@ -38,7 +50,8 @@ class Conditions:
     def from_list(cls, values: list[Any]) -> "Conditions":
         """The conditions that `as_list` described."""
         lrs, scales, span = values
-        return cls(tuple(map(float, lrs)), tuple(map(float, scales)), int(span))
+        mean_lrs = Transfer(_column([float(lr) for lr in lrs]))
+        return cls(mean_lrs, tuple(map(float, scales)), int(span))
 
 
 @dataclass(frozen=True)
@@ -141,8 +154,9 @@ class Observer:
         self._last: Tensor | None = None
         self._window: Window | None = None
         self._conditions: deque[Conditions] = deque(maxlen=self._size + 1)
-        self._rates: list[float | None] = []
-        self._lr_sums: list[float] = []
+        # tensors where the learning rate is one on CUDA, which the host cannot read without waiting
+        self._rates: list[float | Tensor | None] = []
+        self._lr_sums: list[float | Tensor] = []
         self._span = 0
 
     @property
@@ -203,8 +217,10 @@ class Observer:
         for row, number in enumerate(self._row_groups):
             leaf, group = groups[number]
             factor = scales[row]
-            lr = float(group["lr"])
-            self._lr_sums[row] += lr
+            lr = group["lr"]
+            on_cuda = isinstance(lr, Tensor) and lr.is_cuda
+            lr = lr.detach().double().reshape(()) if on_cuda else float(lr)
+            self._lr_sums[row] = self._lr_sums[row] + lr
             decay = float(group.get("weight_decay") or 0.0) * factor.weight_decay
             rate, so_far = decay_rate(leaf, group, lr * factor.lr, decay), self._rates[row]
             self._rates[row] = None if rate is None or so_far is None else so_far + rate
@@ -228,14 +244,11 @@ class Observer:
             return None
         assert self._last is not None
         now = self._snapshot(rows)
-        last = self._last.to(now.device)
+        last = send(self._last, now.device)
         self._window.to(now.device)
-        # row by row, since a tensor of rates would have to be copied to the device
-        decay = torch.stack(
-            [row * -(rate or 0.0) for row, rate in zip(last, self._rates, strict=True)]
-        )
-        self._window.push(now - last, decay)
-        lrs = tuple(total / max(self._span, 1) for total in self._lr_sums)
+        rates = _column([0.0 if rate is None else rate for rate in self._rates])
+        self._window.push(now - last, last * -send(rates, now.device)[:, None])
+        lrs = Transfer(_column(self._lr_sums) / max(self._span, 1))
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
         self._last, self._span = now, 0
@@ -255,7 +268,7 @@ class Observer:
         among = sharing((p for row in rows for p in row.parameters), self.replicas)
         home = among.home(rows[0].parameters[0].device)
         try:
-            sketches = torch.stack([self._sketch_of(row, home, among) for row in rows])
+            sketches = self._sketch_of(rows, home, among)
         except Exception as error:
             if not among.ranks or isinstance(error, Unsupported):
                 raise
@@ -268,10 +281,20 @@ class Observer:
         self._sound = Transfer(sketches.isfinite().all())
         return sketches
 
-    def _sketch_of(self, row: layout.Row, home: torch.device, among: Sharing) -> Tensor:
+    def _sketch_of(self, rows: Sequence[layout.Row], home: torch.device, among: Sharing) -> Tensor:
         assert self._sketch is not None
-        devices = dict.fromkeys(parameter.device for parameter in row.parameters)
-        parts = [self._sketch(row.pieces(device, among), device).to(home) for device in devices]
+        devices = dict.fromkeys(p.device for row in rows for p in row.parameters)
+        parts = []
+        for device in devices:
+            pieces = [row.pieces(device, among) for row in rows]
+            resident: frozenset[int] = frozenset()
+            key = None
+            if device.type == "cuda":
+                held = [_held(p) for row in rows for p in row.parameters]
+                resident = frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
+                key = tuple((row.signature(), *map(_whereabouts, row.parameters)) for row in rows)
+            part = self._sketch.rows(pieces, device, resident=resident, key=key)
+            parts.append(part.to(home))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,8 +306,8 @@ class Observer:
             "last": None if self._last is None else self._last.clone(),
             "window": None if self._window is None else self._window.state_dict(),
             "conditions": [condition.as_list() for condition in self._conditions],
-            "rates": list(self._rates),
-            "lr_sums": list(self._lr_sums),
+            "rates": [None if rate is None else float(rate) for rate in self._rates],
+            "lr_sums": [float(total) for total in self._lr_sums],
             "span": self._span,
         }
 
@@ -320,3 +343,28 @@ class Observer:
             fits = fits and len(self._conditions) == len(self._window)
         if not fits:
             raise ValueError("the parts of the observer's state do not fit together")
+
+
+def _column(values: Sequence[float | Tensor]) -> Tensor:
+    """Numbers as a float64 tensor, on the device of those that are tensors; on the host if none is."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    like = tensors[0]
+    return torch.stack(
+        [v.to(like) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
+    )
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if is_dtensor(parameter) else parameter
+
+
+def _whereabouts(parameter: Tensor) -> tuple[Any, ...]:
+    """What is equal as long as a parameter's elements lie where they did, in memory and in the row."""
+    held = _held(parameter)
+    local = (held.device, held.data_ptr(), held.dtype, held.shape, held.stride())
+    if is_dtensor(parameter):
+        return (*local, parameter.shape, parameter.placements, parameter.device_mesh)
+    return local

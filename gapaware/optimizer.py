@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from os import PathLike
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware import arguments, layout
+from gapaware.anchor import Anchor
 from gapaware.controller import Controller
 from gapaware.delegation import Delegating, all_or_nothing, is_number
 from gapaware.distributed import Unsupported, alone, is_first, sharing
@@ -47,20 +48,26 @@ class GapAware(Delegating):
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
         mode: "escape", up on plateaus, never below the given learning rate; "auto", what is best where you
-            do not know, for now the same; "retain", down only, starting gently; "observe", never touches
-            anything.
+            do not know, for now the same; "retain", for fine-tuning without forgetting: a pull towards the
+            starting weights that gives way slowly; "observe", never touches anything.
         window: W, number of updates in a spectrum.
         interval: optimizer steps between snapshots. "auto" is a third of the steps that the wrapped
-            optimizer's momentum remembers (5 for AdamW), unless the controller chooses; every step with
-            mode="retain".
+            optimizer's momentum remembers (5 for AdamW), unless the controller chooses.
         sketch_dim: length of the sketch of a parameter group (or block). The relative error of a
             singular value is about √(1/(2·sketch_dim)). None computes with the exact updates, which takes
             2·(window + 1) float64 copies of the parameters: for small models.
         target: what the built-in law steers to: in the modes "auto" and "escape" the drift c* = 0.06, the
-            mean cosine of updates that momentum does not connect; with mode="retain" the adiabaticity
-            a* = 0.1. Larger is more careful with the first and bolder with the second.
+            mean cosine of updates that momentum does not connect; with mode="retain" how fast the pull
+            gives way, 𝒜* = 0.5: a smaller one forgets less and learns more slowly. Larger is more careful
+            with the first and bolder with the second.
         max_scale: largest factor on the learning rate; 64, and 1 with mode="retain".
-        min_scale: smallest factor; 1, 0.02 with mode="retain", and 0.001 with a controller of yours.
+        min_scale: smallest factor; 1, and 0.001 with a controller of yours.
+        anchor: with mode="retain" (or a controller that pulls) the weights to pull to: "init" for those at
+            the first step, or a state dict by parameter name, which needs a `base` made from
+            `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
+            those of a group with `"anchor": False`. Costs a copy of the weights.
+        anchor_device: where to keep that copy, such as "cpu"; None for the parameters' own device.
+        anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
             (with `named_parameters()`) or tensor.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
@@ -107,6 +114,9 @@ class GapAware(Delegating):
         max_scale: float | None = None,
         min_scale: float | None = None,
         granularity: str = "global",
+        anchor: str | Mapping[str, Tensor] | None = None,
+        anchor_device: torch.device | str | None = None,
+        anchor_dtype: torch.dtype | None = None,
         controller: Controller | None = None,
         log_to: str | PathLike[str] | None = None,
         history_size: int = 1000,
@@ -125,7 +135,7 @@ class GapAware(Delegating):
         memory = memory_steps(base.param_groups)
         if isinstance(interval, str):
             arguments.choice("interval", interval, ("auto",))
-            first_interval = 1 if defaults.every_step else interval_for(memory)
+            first_interval = interval_for(memory)
         else:
             first_interval = arguments.integer(
                 "interval", interval, low=1, why="optimizer steps between snapshots"
@@ -160,7 +170,7 @@ class GapAware(Delegating):
         )
         low = arguments.positive(
             "min_scale",
-            (defaults.min_scale if controller is None else MIN_SCALE_OF_A_CONTROLLER)
+            (1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER)
             if min_scale is None
             else min_scale,
             high=1.0,
@@ -176,6 +186,17 @@ class GapAware(Delegating):
             raise ValueError(
                 'mode="observe": touches nothing, so the controller would never be asked; pass another mode'
             )
+        if isinstance(anchor, str):
+            arguments.choice("anchor", anchor, ("init",))
+        if anchor is None and defaults.first_pull and controller is None:
+            anchor = "init"
+        if anchor is not None and not defaults.first_pull and controller is None:
+            raise ValueError(
+                f'anchor: mode="{mode}" pulls to nothing; pass mode="retain" or leave the anchor out'
+            )
+        self._anchor = None if anchor is None else Anchor(anchor, anchor_device, anchor_dtype)
+        if self._anchor is not None:
+            self._anchor.check(base.param_groups)
 
         self.base = base
         self._interval_is_auto = interval == "auto"
@@ -189,7 +210,7 @@ class GapAware(Delegating):
             None if mode == "observe" else controller or defaults.law,
             low=low,
             high=high,
-            start=max(defaults.first_scale, low),
+            start=Scales(pull=defaults.first_pull if controller is None else 0.0),
             target=target,
             window=window,
             together=granularity == "global",
@@ -230,13 +251,17 @@ class GapAware(Delegating):
         refuse_capture()
         if closure is None and self._is_rehearsal():
             return self.base.step(closure)
-        with scaled(self.base, *self._begin()):
+        factors = self._begin()
+        with scaled(self.base, *factors):
             loss: float | None = self.base.step(closure)
+        self._pull(*factors)
         self._finish(loss)
         return loss
 
     def _begin(self) -> tuple[list[Scales], dict[int, Scales] | None]:
         with self._guarded("the first snapshot"):
+            if self._anchor is not None:
+                self._anchor.start(self.base.param_groups)
             if self._fresh:
                 self._fresh = False
                 self._observer.start(self.base)
@@ -278,6 +303,11 @@ class GapAware(Delegating):
             return self._observer.names
         rows = layout.rows(self.base.param_groups, self._observer.settings["granularity"])
         return [row.name for row in rows]
+
+    def _pull(self, by_group: list[Scales], by_parameter: dict[int, Scales] | None = None) -> None:
+        if self._anchor is not None:
+            with self._guarded("the pull towards the start"):
+                self._anchor.pull(self.base.param_groups, by_group, by_parameter)
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1
@@ -480,6 +510,7 @@ class GapAware(Delegating):
                 "seconds": self.seconds,
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
+                "anchor": None if self._anchor is None else self._anchor.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": _arrived(self._metrics),
                 "pending": pending,
@@ -499,10 +530,27 @@ class GapAware(Delegating):
         else:
             self._observer.restart()
             self._steering.restart()
+            if self._anchor is not None:
+                self._anchor.restart()
             self._pending, self._metrics = None, {}
             self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
             # another run, whose steps begin at 0; a log of this one is left whole
             self.history = self.history.fresh()
+
+    def starting_weights(self) -> dict[str, Tensor]:
+        """What mode="retain" pulls to, by parameter group and place, as in `state_dict()["gapaware"]`.
+
+        Before the first step these are the weights now: tensors of the right kind for a distributed
+        checkpoint to be loaded into.
+        """
+        if self._anchor is None:
+            return {}
+        anchor = copy(self._anchor)
+        if self._fresh:
+            anchor.restart()
+            anchor.start(self.base.param_groups)
+        weights: dict[str, Tensor] = anchor.state_dict()["weights"]
+        return weights
 
     def load_own_state(self, own: dict[str, Any]) -> None:
         """Restore `state_dict()["gapaware"]` alone, for checkpoints that keep it apart.
@@ -530,7 +578,9 @@ class GapAware(Delegating):
             observer = Observer(**settings, replicas=self._observer.replicas)
             steering = copy(self._steering)
             history = copy(self.history)
-            pending = None
+            pending, anchor = None, copy(self._anchor)
+            if anchor is not None and ours.get("anchor") is not None:
+                anchor.load_state_dict(ours["anchor"], self.base.param_groups)
             steering.load_state_dict(ours["steering"])
             history.load_state_dict(ours["history"])
             same_settings = ours["observer"]["settings"] == settings
@@ -551,6 +601,7 @@ class GapAware(Delegating):
             return {
                 "_observer": observer,
                 "_steering": steering,
+                "_anchor": anchor,
                 "history": history,
                 "_metrics": {str(k): float(v) for k, v in ours["metrics"].items()},
                 "_pending": pending,

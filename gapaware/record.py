@@ -27,8 +27,9 @@ def record(
     Returns:
         With the keys step, lr and lr_scaled (a value for each parameter group, before and after
         scaling), scale (the factor during the update), next_scale (the one decided on),
-        weight_decay_scale, regime, decision, why and spectrum; scales by row when there are several
-        factors; loss and metrics where they were logged; and those of `clock`.
+        weight_decay_scale, regime, decision, why and spectrum; pull (the one decided on) where there is
+        one; scales by row when there are several factors; loss and metrics where they were logged; and
+        those of `clock`.
     """
     during = sighting.conditions[-1]
     by_group: dict[int, tuple[float, float]] = {}
@@ -48,6 +49,8 @@ def record(
         "why": outcome.why,
         "spectrum": seen.as_record() if seen else None,
     }
+    if after[0].pull:
+        described["pull"] = after[0].pull
     if outcome.several:
         described["scales"] = dict(zip(sighting.names, during.scales, strict=True))
     if "loss" in metrics:

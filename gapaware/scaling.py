@@ -17,15 +17,17 @@ class Scales:
     Attributes:
         lr: on the learning rate. AdamW and Muon decay by lr × weight_decay, so it scales that too.
         weight_decay: on the weight decay, on top of that.
+        pull: share of the way back to the starting weights that follows a step, see `gapaware.anchor`.
     """
 
     lr: float = 1.0
     weight_decay: float = 1.0
+    pull: float = 0.0
 
     @property
     def neutral(self) -> bool:
-        """Whether nothing is scaled."""
-        return self.lr == 1.0 and self.weight_decay == 1.0
+        """Whether nothing is scaled and nothing pulled."""
+        return self == NEUTRAL
 
 
 NEUTRAL = Scales()

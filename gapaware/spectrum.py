@@ -5,7 +5,7 @@ float64. The letters are those of The Spectral Edge Thesis (arXiv 2603.28964); `
 the same figures from the updates themselves.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,7 @@ class Spectrum:
 
     def as_record(self) -> dict[str, Any]:
         """The spectrum as plain numbers and lists, for the history."""
-        record = asdict(self)
-        record["sigma"] = self.sigma.tolist()
-        record["alpha"] = self.alpha.tolist()
-        return record
+        return {**vars(self), "sigma": self.sigma.tolist(), "alpha": self.alpha.tolist()}
 
 
 def regime(adiabaticity: float) -> str:

@@ -1,7 +1,7 @@
 """From Gram matrices to factors on the hyperparameters: asks the controller, keeps what it answered."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class Steering:
         controller: None to observe only.
         low: smallest factor on the learning rate.
         high: largest factor.
-        start: first factor.
+        start: first factors.
         target: what the built-in laws steer to.
         window: W.
         together: one factor for the whole model instead of one for each row.
@@ -55,14 +55,14 @@ class Steering:
         *,
         low: float,
         high: float,
-        start: float,
+        start: Scales,
         target: float,
         window: int,
         together: bool,
     ) -> None:
         self._controller = controller
         self._low, self._high = low, high
-        self._start = Scales(start)
+        self._start = start
         self._target = target
         self._window = window
         self._together = together
@@ -161,7 +161,7 @@ class Steering:
         decay = chosen[DECAY, DECAY] if separable else None
         cross = chosen[UPDATE, DECAY] if separable else None
         lr = max(now.lrs[row] for row in rows)
-        scale = self.scales(name).lr
+        scale, pull = self.scales(name).lr, self.scales(name).pull
         seen = spectrum(
             chosen[UPDATE, UPDATE],
             lr=lr * scale,
@@ -183,6 +183,7 @@ class Steering:
             spans=np.array([c.span for c in sighting.conditions], dtype=np.float64),
             lr=lr,
             scale=scale,
+            pull=pull,
             interval=now.interval,
             min_scale=self._low,
             max_scale=self._high,
@@ -196,8 +197,8 @@ class Steering:
     def state_dict(self) -> dict[str, Any]:
         """The factors in force and the controller's memory."""
         return {
-            "scales": {name: [s.lr, s.weight_decay] for name, s in self._scales.items()},
-            "undecided": [self._undecided.lr, self._undecided.weight_decay],
+            "scales": {name: list(astuple(scales)) for name, scales in self._scales.items()},
+            "undecided": list(astuple(self._undecided)),
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
         }
 
@@ -213,10 +214,9 @@ class Steering:
         undecided = self._bounded(*state["undecided"])
         self._scales, self._memory, self._undecided = scales, memory, undecided
 
-    def _bounded(self, lr: float, weight_decay: float) -> Scales:
-        return as_decision(Decision(lr, weight_decay_scale=weight_decay)).scales(
-            self._low, self._high
-        )
+    def _bounded(self, lr: float, weight_decay: float, pull: float = 0.0) -> Scales:
+        decision = as_decision(Decision(lr, weight_decay_scale=weight_decay, pull=pull))
+        return decision.scales(self._low, self._high)
 
 
 @dataclass(frozen=True)

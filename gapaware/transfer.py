@@ -1,4 +1,4 @@
-"""Bring small tensors to the host without making the device wait."""
+"""Bring small tensors to the host and to the device without making one wait for the other."""
 
 import torch
 from torch import Tensor
@@ -40,3 +40,19 @@ class Transfer:
             self._arrived.synchronize()
             self._arrived = None
         return self._host
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from the host to CUDA through pinned memory, behind the work queued there.
+
+    Args:
+        tensor: small; not to be changed afterwards if it is on the device already.
+        device: where to.
+
+    Example:
+        >>> send(torch.ones(2), torch.device("cpu"))
+        tensor([1., 1.])
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gapaware.transfer import send
+
 UPDATE, DECAY = 0, 1
 
 
@@ -79,7 +81,7 @@ class Window:
 
     def to(self, device: torch.device) -> None:
         """Move the window to another device."""
-        self._ring, self._gram = self._ring.to(device), self._gram.to(device)
+        self._ring, self._gram = send(self._ring, device), send(self._gram, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The window as tensors and numbers."""

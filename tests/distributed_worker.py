@@ -303,6 +303,59 @@ def one_log(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "log").iterdir())
 
 
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    """The whole parameters, on every rank."""
+    return [
+        p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+        for p in model.parameters()
+    ]
+
+
+def anchored(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
+    """Trained in mode retain."""
+    model = shard(network())
+    train(model, wrapped(model, mode="retain", controller=None))
+    return weights(model)
+
+
+def retained(folder: Path) -> Any:
+    return anchored(fsdp)
+
+
+def retained_and_saved(folder: Path) -> Any:
+    """The starting weights travel with a checkpoint."""
+    model = fsdp(network())
+    optimizer = wrapped(model, mode="retain", controller=None)
+    train(model, optimizer, range(9))
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "gapaware": OwnState(optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder.parent / "retained")
+    train(model, optimizer, range(9, STEPS))
+    return weights(model)
+
+
+def retained_and_resumed(folder: Path) -> Any:
+    """On four ranks what two have saved, from other weights than those of the start."""
+    model = fsdp(network())
+    optimizer = wrapped(model, mode="retain", controller=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "gapaware": OwnState(optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder.parent / "retained")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, optimizer, range(9, STEPS))
+    return weights(model)
+
+
 def save(folder: Path) -> Any:
     """Save in mid-window, and go on: what resumed runs have to reproduce."""
     model = fsdp(network())
@@ -436,9 +489,12 @@ SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
         sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses,
-        one_log, save,
+        one_log, save, retained, retained_and_saved,
     ],
-    4: [fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume],
+    4: [
+        fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,
+        retained_and_resumed,
+    ],
 }  # fmt: skip
 
 

@@ -332,6 +332,20 @@ def test_deepspeed_partitions_are_refused(monkeypatch):
         optimizer.step()
 
 
+def test_shards_are_pulled_to_their_start_as_the_whole_is(two):
+    alone = worker.anchored(lambda model: model)
+    for result in of(two, "retained"):
+        for whole, expected in zip(result, alone, strict=True):
+            assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_starting_weights_are_saved_by_shards_and_loaded_by_others(two, four):
+    expected = of(two, "retained_and_saved")[0]
+    for result in of(four, "retained_and_resumed"):
+        for whole, other in zip(result, expected, strict=True):
+            assert torch.allclose(whole, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("own_first", [True, False])
 def test_own_state_may_be_loaded_before_or_after_the_rest(own_first):
     model, other = worker.network(40), worker.network(40)

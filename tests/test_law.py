@@ -5,7 +5,7 @@ import pytest
 
 from gapaware import Observation, reference
 from gapaware.drift import drift, per_learning_rate
-from gapaware.law import ADIABATIC_TARGET, DRIFT_TARGET, GROWTH, adiabatic_law, drift_law
+from gapaware.law import DRIFT_TARGET, FIRST_PULL, GROWTH, RETAIN_TARGET, drift_law, retain_law
 from gapaware.spectrum import adiabaticity, spectrum
 
 W, P, SPAN = 10, 3000, 5.0
@@ -27,6 +27,7 @@ def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, *
         "spans": np.full(n, SPAN),
         "lr": float(lrs[-1]),
         "scale": scale,
+        "pull": 0.0,
         "interval": int(SPAN),
         "min_scale": 1.0,
         "max_scale": 64.0,
@@ -139,9 +140,11 @@ def test_the_schedule_is_not_read_as_a_change_of_the_spectrum():
     assert scheduled.scale == pytest.approx(constant.scale)
 
 
-def test_adiabatic_law_moves_towards_its_target():
-    calm, restless = updates(30.0), updates(0.0)
-    up = adiabatic_law(observe(calm, scale=0.1, target=ADIABATIC_TARGET))
-    down = adiabatic_law(observe(restless, scale=0.1, target=ADIABATIC_TARGET))
-    assert 0.1 < up.scale <= 0.12
-    assert 0.05 <= down.scale < 0.1
+def test_retain_law_gives_way_adiabatically():
+    """|dρ/dt| = 𝒜*·ρ²: the rate of change over the gap squared is the target, at any step."""
+    seen = [observe(updates(0.0), target=RETAIN_TARGET, step=step) for step in (0, 1, 500, 501)]
+    pulls = [retain_law(observation).pull for observation in seen]
+    assert pulls[0] == pytest.approx(FIRST_PULL)
+    for before, after in (pulls[:2], pulls[2:]):
+        assert (before - after) / (before * after) == pytest.approx(RETAIN_TARGET)
+    assert all(retain_law(observation).scale == 1.0 for observation in seen)

@@ -1,0 +1,191 @@
+"""The starting weights, kept so that training can be pulled back towards them.
+
+θ ← θ + ρ (θ_0 − θ) after a step is weight decay to the start θ_0 instead of to zero (L2-SP, Li, Grandvalet
+and Davoine, 2018), decoupled from the gradient as in AdamW. How strong the pull ρ is, is not decided here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware.distributed import is_dtensor
+from gapaware.scaling import NEUTRAL, Scales
+
+Groups = Sequence[dict[str, Any]]
+Place = tuple[int, int]  # parameter group and position in it: FSDP2 swaps the tensors themselves
+
+
+class Anchor:
+    """Copies of the starting weights, and the pull towards them.
+
+    Args:
+        source: "init" for the weights at the first step; or a state dict by parameter name, in which
+            what is missing is not pulled: a new head, which has no old skill.
+        device: where to keep them, None for the parameters' own. From elsewhere they travel at each step.
+        dtype: to keep them in, such as `torch.bfloat16`; None for the parameters' own.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> groups = [{"params": list(layer.parameters()), "lr": 0.1}]
+        >>> anchor = Anchor("init")
+        >>> anchor.start(groups)
+        >>> _ = torch.nn.init.constant_(layer.weight, 5.0)
+        >>> anchor.pull(groups, [Scales(pull=1.0)])
+        >>> bool((layer.weight < 5).all())
+        True
+    """
+
+    def __init__(
+        self,
+        source: str | Mapping[str, Tensor],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._source = source
+        self._device, self._dtype = device, dtype
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the starting weights: those at the next step will be the start."""
+        self._weights: dict[Place, Tensor] = {}
+        self._highest_lr: dict[int, float] = {}
+        self._groups = 0
+
+    def check(self, groups: Groups) -> None:
+        """Refuse a state dict that is not one of these parameters.
+
+        Raises:
+            ValueError: the parameters have no names, none is in it, or a shape is another.
+        """
+        if isinstance(self._source, str):
+            return
+        found = 0
+        for place, parameter in _anchored(groups):
+            given = self._given(groups, place)
+            if given is not None and given.shape != parameter.shape:
+                raise ValueError(
+                    f"anchor: {groups[place[0]]['param_names'][place[1]]!r} has the shape "
+                    f"{tuple(given.shape)}, the parameter {tuple(parameter.shape)}; pass the state dict "
+                    "that this model was loaded from"
+                )
+            found += given is not None
+        if not found:
+            raise ValueError(
+                "anchor: none of its names is a parameter of the wrapped optimizer; build that with "
+                "model.named_parameters(), which gives it names, and pass a state dict of the same model"
+            )
+
+    @torch.no_grad()
+    def start(self, groups: Groups) -> None:
+        """Take the starting weights of the parameter groups that were not there before."""
+        if len(groups) == self._groups:
+            return
+        for place, parameter in _anchored(groups):
+            if place[0] < self._groups:
+                continue
+            given = parameter if isinstance(self._source, str) else self._given(groups, place)
+            if given is not None:
+                self._weights[place] = self._kept(_like(given.detach(), parameter))
+        self._groups = len(groups)
+
+    @torch.no_grad()
+    def pull(
+        self,
+        groups: Groups,
+        by_group: Sequence[Scales],
+        by_parameter: Mapping[int, Scales] | None = None,
+    ) -> None:
+        """Move each parameter the share ρ of its way back to the start.
+
+        ρ is `Scales.pull` times the learning rate of the schedule over its peak, so that the pull weakens
+        with the steps that it balances.
+
+        Args:
+            groups: of the wrapped optimizer.
+            by_group: scales of each group.
+            by_parameter: scales by `id(parameter)`, which then decide instead.
+        """
+        shares = [self._share_of_peak(number, group) for number, group in enumerate(groups)]
+        alike: dict[tuple[float, Any, Any], tuple[list[Tensor], list[Tensor]]] = {}
+        for place, parameter in _anchored(groups):
+            number = place[0]
+            scales = by_group[number]
+            if by_parameter is not None:
+                scales = by_parameter.get(id(parameter), NEUTRAL)
+            rate = min(scales.pull * shares[number], 1.0)
+            weights = self._weights.get(place)
+            if weights is None or rate == 0.0:
+                continue
+            here = _local(parameter)
+            to, start = alike.setdefault((rate, here.device, here.dtype), ([], []))
+            to.append(here)
+            start.append(_local(weights).to(here.device, here.dtype, non_blocking=True))
+        for (rate, _, _), (to, start) in alike.items():
+            torch._foreach_lerp_(to, start, rate)
+
+    def _share_of_peak(self, number: int, group: dict[str, Any]) -> float:
+        lr = float(group["lr"])
+        highest = max(lr, self._highest_lr.get(number, 0.0))
+        self._highest_lr[number] = highest
+        return lr / highest if highest > 0 else 0.0
+
+    def _given(self, groups: Groups, place: Place) -> Tensor | None:
+        assert not isinstance(self._source, str)
+        names = groups[place[0]].get("param_names")
+        return None if names is None else self._source.get(names[place[1]])
+
+    def _kept(self, weights: Tensor) -> Tensor:
+        return torch.empty_like(
+            weights, device=self._device, dtype=self._dtype, requires_grad=False
+        ).copy_(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The starting weights and the peaks of the schedule, as tensors, numbers and strings."""
+        return {
+            "weights": {f"{group}.{index}": w for (group, index), w in self._weights.items()},
+            "highest_lr": {str(number): lr for number, lr in self._highest_lr.items()},
+            "groups": self._groups,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: a weight does not fit its parameter.
+        """
+        parameters = dict(_anchored(groups))
+        weights = {}
+        for key, saved in state["weights"].items():
+            group, index = map(int, key.split("."))
+            parameter = parameters.get((group, index))
+            if parameter is None or parameter.shape != saved.shape:
+                raise ValueError(f"the anchor has a weight {key} that fits no parameter")
+            weights[group, index] = self._kept(_like(saved.to(parameter.device), parameter))
+        peaks = {int(number): float(lr) for number, lr in state["highest_lr"].items()}
+        self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
+
+
+def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
+    """The trainable parameters of the groups that do not say `"anchor": False`."""
+    for number, group in enumerate(groups):
+        if group.get("anchor", True):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.requires_grad:
+                    yield (number, index), parameter
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def _like(weights: Tensor, parameter: Tensor) -> Tensor:
+    """Whole weights as a DTensor where their parameter is one."""
+    if not is_dtensor(parameter) or is_dtensor(weights):
+        return weights
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        weights.to(parameter.device), parameter.device_mesh, parameter.placements
+    )

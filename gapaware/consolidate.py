@@ -1,0 +1,453 @@
+"""Consolidation: after fine-tuning, back towards the start as far as the new skill allows.
+
+Fine-tuning moves more than the new task needs, and what it moves is what the model forgets. On the
+straight line from the starting weights θ_0 to the trained ones θ,
+
+    θ_c = θ_0 + c·(θ − θ_0),
+
+the new task's loss often stays low down to a share c well below 1, while the old skill comes back all the
+way (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903). `consolidate` finds the smallest share that keeps
+what is asked for, from new-task validation alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from gapaware.arguments import integer, positive
+from gapaware.distributed import Unsupported, is_dtensor, sharing
+
+Anchor = Mapping[str, Tensor] | nn.Module
+Evaluate = Callable[[nn.Module], float | Tensor]
+
+RESOLUTION = 0.01  # of the share: what lies between changes neither skill by much
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """What `consolidate` did.
+
+    Attributes:
+        share: c, the share of the way from the start at which the model now is; 1 where it was left
+            as trained.
+        loss: on the new task there.
+        start_loss: from which the gain counts.
+        end_loss: with the trained weights.
+        kept: share of the gain that is left, (start_loss − loss)/(start_loss − end_loss); more than
+            1 where the way back lowered the loss, NaN where nothing was gained.
+        evaluations: pairs (share, loss) on the line, in the order in which they were tried.
+    """
+
+    share: float
+    loss: float
+    start_loss: float
+    end_loss: float
+    kept: float
+    evaluations: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        """One line for people.
+
+        >>> print(Consolidation(0.625, 0.31, 2.3, 0.2, 0.948, ((1.0, 0.2), (0.625, 0.31))))
+        at 0.625 of the way from the start: 94.8 % of the gain kept, loss 0.31 (start 2.3, end 0.2)
+        """
+        losses = f"loss {self.loss:.4g} (start {self.start_loss:.4g}, end {self.end_loss:.4g})"
+        if math.isnan(self.kept):
+            return f"left as trained: no gain to keep, {losses}"
+        kept = f"{100 * self.kept:.1f} % of the gain kept"
+        return f"at {self.share:.4g} of the way from the start: {kept}, {losses}"
+
+
+def consolidate(
+    model: nn.Module,
+    anchor: Anchor,
+    evaluate: Evaluate,
+    keep: float = 0.95,
+    *,
+    fresh: Sequence[str] = (),
+    start_loss: float | None = None,
+    evaluations: int = 10,
+    storage_device: torch.device | str | None = None,
+    process_group: ProcessGroup | None = None,
+    progress: bool = True,
+) -> Consolidation:
+    """Move a fine-tuned model back towards its start, keeping a share of what it gained.
+
+    Goes to the smallest share c of the way θ_0 + c·(θ − θ_0) found with
+    evaluate <= start loss − keep·(start loss − end loss), by bisection to 0.01. The model never ends at a
+    point that was not evaluated, or that does not keep.
+
+    Floating-point buffers in the state dict, such as the statistics of BatchNorm, go along the same
+    line; integers stay as they are. Elements that equal the anchor's up to the anchor's precision are
+    left alone, so that an anchor in bfloat16 rounds nothing that training has not moved.
+
+    Args:
+        model: the trained model, changed in place.
+        anchor: the weights it started from: a copy of its state dict (`starting_weights`), on any
+            device and in any floating dtype, or a module. May lack parameters that are frozen.
+        evaluate: the new task's validation loss of a model, lower is better; called in eval mode
+            without gradients, each time with the same data. A loss that is not finite does not keep.
+        keep: share of the gain to keep, in (0, 1].
+        fresh: names, or beginnings of names, of parameters and buffers that had no meaning at the
+            start, such as a new head. They stay as trained.
+        start_loss: a bound on the loss from which the gain counts, which is that of the anchor, its own
+            `fresh` weights included if it has them. A start that is confidently wrong is worse than
+            guessing and makes any end look like a gain: pass what guessing gives, log(classes).
+        evaluations: at most so many calls of `evaluate`, at least 3; one more with `fresh`.
+        storage_device: where the one copy of the trained weights lies meanwhile, such as "cpu"; by
+            default where the weights are.
+        process_group: ranks with replicas of the model (DDP), which average their losses to decide
+            alike. Ranks that share a model in shards do so anyway.
+        progress: show a bar in a terminal if tqdm is installed.
+
+    Returns:
+        The share, the losses, and all that was evaluated; prints as one line.
+
+    Raises:
+        TypeError: `evaluate` returned no number.
+        ValueError: an argument is out of bounds, `anchor` does not fit the model or is no copy, or
+            `fresh` names nothing.
+        Unsupported: FSDP1, DeepSpeed ZeRO-3, parameters on the meta device, or a sharded model with an
+            anchor that is not sharded alike.
+
+        An exception in `evaluate` puts the trained weights back.
+
+    Warns:
+        UserWarning: the end is no gain over the start. The model stays as trained.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> anchor = {"weight": torch.tensor([[0.0]])}
+        >>> _ = nn.init.constant_(model.weight, 8.0)
+        >>> def evaluate(model):
+        ...     return (model.weight - 8.0).square().mean()
+        >>> result = consolidate(model, anchor, evaluate, keep=0.9, evaluations=20)
+        >>> print(result)
+        at 0.6875 of the way from the start: 90.2 % of the gain kept, loss 6.25 (start 64, end 0)
+        >>> model.weight.item()
+        5.5
+    """
+    keep = positive("keep", keep, high=1.0, why="the share of the gain to keep")
+    evaluations = integer(
+        "evaluations", evaluations, low=3, why="the start, the end and a point between them"
+    )
+    line = Line(model, anchor, fresh, storage_device)
+    ranks = () if process_group is None else tuple(get_process_group_ranks(process_group))
+    agreed = _agreed(line, ranks)
+    tried: list[tuple[float, float]] = []
+    with _bar(progress, evaluations + line.has_fresh_start) as tick, _modes_of(model), line:
+
+        def measured() -> float:
+            model.eval()
+            loss = agreed(_number(evaluate(model)))
+            tick()
+            return loss
+
+        def loss_at(share: float) -> float:
+            line.go(share)
+            tried.append((share, measured()))
+            return tried[-1][1]
+
+        end = loss_at(1.0)
+        near = loss_at(0.0)
+        start = near
+        if line.has_fresh_start:
+            line.go(0.0, fresh=0.0)
+            start = measured()
+        bounds = [x for x in (start, start_loss) if x is not None and math.isfinite(x)]
+        reference = min(bounds, default=math.nan)
+        gain = reference - end
+        if not gain > 0 or not math.isfinite(end):
+            line.go(1.0)
+            warnings.warn(
+                f"consolidate: the new-task loss is {end:.4g} with the trained weights and "
+                f"{reference:.4g} at the start: no gain to keep, the model stays as trained",
+                stacklevel=2,
+            )
+            return Consolidation(1.0, end, reference, end, math.nan, tuple(tried))
+
+        def keeps(loss: float) -> bool:
+            return math.isfinite(loss) and loss <= reference - keep * gain
+
+        share = 0.0 if keeps(near) else smallest(lambda c: keeps(loss_at(c)), evaluations - 2)
+        line.go(share)
+    loss = dict(tried)[share]
+    return Consolidation(
+        share, loss, reference, end, 1.0 if share == 1 else (reference - loss) / gain, tuple(tried)
+    )
+
+
+def starting_weights(
+    model: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Copy what training may change, to be an anchor later.
+
+    Args:
+        model: before training.
+        device: where the copies go; "cpu" costs no memory of the GPU.
+        dtype: of the copies, such as torch.bfloat16 for half the memory; by default the tensors' own.
+
+    Returns:
+        The trainable parameters and the floating-point buffers, by their names in the state dict;
+        tied ones once. Of DTensors the local shard, as a DTensor.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> _ = layer.bias.requires_grad_(False)
+        >>> list(starting_weights(layer))
+        ['weight']
+    """
+    return {
+        names[0]: tensor.detach().to(device, dtype, copy=True)
+        for names, tensor in _tensors(model)
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
+
+
+def smallest(keeps: Callable[[float], bool], evaluations: int) -> float:
+    """The smallest number in (0, 1] that was found to keep, where 1 does and 0 does not.
+
+    Bisection, which needs no more than signs: noise and dents cost precision, never the promise.
+
+    Example:
+        >>> smallest(lambda c: c > 0.3, evaluations=3)
+        0.375
+    """
+    low, high = 0.0, 1.0
+    for _ in range(evaluations):
+        if high - low <= RESOLUTION:
+            break
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high
+
+
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Start + share·(end − start), rounded once.
+
+    Args:
+        start: on any device; elements of `end` that equal it when rounded to its dtype stay.
+        end: of the same shape; its device and dtype are the result's.
+        share: 0 to 1; at 1 the result is `end`, bit for bit.
+
+    Example:
+        >>> between(torch.zeros(2), torch.tensor([1.0, 4.0]), 0.25)
+        tensor([0.2500, 1.0000])
+    """
+    wide = torch.promote_types(end.dtype, torch.float32)
+    far = end.to(wide)
+    near = start.to(end.device, wide)
+    moved = torch.lerp(near, far, share)
+    # also where both are infinite, as in masks
+    return torch.where(end.to(start.dtype).to(wide) == near, far, moved).to(end.dtype)
+
+
+@dataclass(frozen=True)
+class Track:
+    """A tensor of the model, and its two ends.
+
+    Attributes:
+        place: the model's own elements, written in place.
+        start: of the anchor.
+        end: the copy of what was trained.
+        fresh: whether it stays as trained.
+    """
+
+    place: Tensor
+    start: Tensor
+    end: Tensor
+    fresh: bool
+
+
+class Line:
+    """The straight line from an anchor to a trained model; leaving it by an exception goes to its end.
+
+    Args:
+        model, anchor, fresh, storage_device: as for `consolidate`.
+
+    Attributes:
+        has_fresh_start: whether the anchor has values for `fresh` tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anchor: Anchor,
+        fresh: Sequence[str] = (),
+        storage_device: torch.device | str | None = None,
+    ) -> None:
+        pairs = matched(model, anchor, fresh)
+        self.parameters = [p for p, _, _ in pairs]
+        self.has_fresh_start = any(fresh for _, _, fresh in pairs)
+        self._sharded = _fully_sharded(model)
+        self._tracks = []
+        shared = False
+        for tensor, start, is_fresh in pairs:
+            place, start = _local(tensor), _local(start)
+            shared |= place.numel() > 0 and place.data_ptr() == start.data_ptr()
+            if not torch.equal(between(start, place, 0.0), place):
+                end = place.to(storage_device or place.device, copy=True)
+                self._tracks.append(Track(place, start, end, is_fresh))
+        if shared and not self._tracks:
+            raise ValueError(
+                "anchor: it is the model's own memory, not a copy, so that training has changed it too; "
+                "before training take anchor = gapaware.starting_weights(model)"
+            )
+
+    def go(self, share: float, fresh: float = 1.0) -> None:
+        """Put the model at a share of the way, and what is `fresh` at its own."""
+        for module in self._sharded:
+            module.reshard()  # else its next forward pass would use weights gathered before
+        for track in self._tracks:
+            at = fresh if track.fresh else share
+            where = track.place.device
+            track.place.copy_(
+                track.end if at == 1 else between(track.start, track.end.to(where), at)
+            )
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.go(1.0)
+
+
+def matched(
+    model: nn.Module, anchor: Anchor, fresh: Sequence[str] = ()
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """Pair the tensors of a model with those of an anchor.
+
+    Returns:
+        Triples (the model's own tensor, the anchor's, whether it is `fresh`), tied tensors once.
+
+    Raises:
+        ValueError, Unsupported: as `consolidate`.
+    """
+    if isinstance(fresh, str):
+        raise TypeError(f"fresh={fresh!r}: pass a sequence of names, such as fresh=[{fresh!r}]")
+    start = anchor.state_dict() if isinstance(anchor, nn.Module) else anchor
+    if not isinstance(start, Mapping):
+        raise TypeError(f"anchor={type(anchor).__name__}: pass a state dict or a module")
+    unknown, pairs, missing = set(fresh), [], []
+    for names, tensor in _tensors(model):
+        mine = {prefix for prefix in fresh if any(name.startswith(prefix) for name in names)}
+        unknown -= mine
+        found = next((name for name in names if name in start), None)
+        if found is not None:
+            _refuse(found, tensor, start[found])
+            pairs.append((tensor, start[found], bool(mine)))
+        elif not mine and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
+            missing.append(names[0])
+    if unknown:
+        raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
+    if missing:
+        raise ValueError(
+            f"anchor: it lacks {_some(missing)} of the model and has {_some(list(start))}; if the names "
+            "differ by a prefix, pass the model inside the wrapper (DDP: model.module), and name in "
+            "`fresh` what had no start"
+        )
+    return pairs
+
+
+def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """The floating-point and complex tensors in a state dict, each with all its names."""
+    named: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+            named.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(named.values())
+
+
+def _refuse(name: str, tensor: Tensor, start: Tensor) -> None:
+    if tensor.is_meta or hasattr(tensor, "ds_id") or getattr(tensor, "_fsdp_flattened", False):
+        raise Unsupported(
+            f"model: the elements of {name} are not in its tensor (meta device, DeepSpeed ZeRO-3 or "
+            "FSDP1); gather the model first, or shard it with torch.distributed.fsdp.fully_shard"
+        )
+    if tensor.shape != start.shape:
+        raise ValueError(
+            f"anchor[{name!r}] has the shape {tuple(start.shape)}, the model's {tuple(tensor.shape)}; "
+            "pass the weights that this model started from, or name it in `fresh` and leave it out"
+        )
+    alike = is_dtensor(tensor) == is_dtensor(start)
+    if alike and is_dtensor(tensor) and is_dtensor(start):
+        alike = (tensor.device_mesh, tensor.placements) == (start.device_mesh, start.placements)
+    if not alike:
+        raise Unsupported(
+            f"anchor[{name!r}] is not sharded as the model's; take the anchor after sharding and "
+            "before training: gapaware.starting_weights(model)"
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def _fully_sharded(model: nn.Module) -> list[Any]:
+    # where nobody has imported the module there are none
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return [module for module in model.modules() if kind and isinstance(module, kind)]
+
+
+def _agreed(line: Line, replicas: tuple[int, ...]) -> Callable[[float], float]:
+    """The mean of a loss over the ranks that have to decide alike."""
+    ranks = sharing(line.parameters, replicas)
+    home = ranks.home(torch.device("cpu"))
+
+    def mean(loss: float) -> float:
+        total = ranks.add_up(torch.tensor(loss, dtype=torch.float64, device=home))
+        return total.item() / max(1, len(ranks.ranks))
+
+    return mean
+
+
+def _number(loss: Any) -> float:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss.item())
+    if not isinstance(loss, Real):
+        raise TypeError(
+            f"evaluate returned {type(loss).__name__}: return one number, the validation loss"
+        )
+    return float(loss)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+@contextmanager
+def _modes_of(model: nn.Module) -> Iterator[None]:
+    """No gradients; and each module, however it was set before, trains or not as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _bar(wanted: bool, total: int) -> Iterator[Callable[[], object]]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="consolidate", unit="evaluation", disable=None) as bar:
+        yield bar.update

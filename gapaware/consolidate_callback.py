@@ -1,0 +1,158 @@
+"""`gapaware.consolidate` at the end of a Hugging Face Trainer's training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gapaware.consolidate import (
+    Anchor,
+    Consolidation,
+    Evaluate,
+    consolidate,
+    matched,
+    starting_weights,
+)
+from gapaware.distributed import alone
+
+try:
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ImportError as error:
+    raise ImportError(
+        "gapaware.consolidate_callback needs transformers and accelerate: "
+        "pip install 'gapaware[transformers]'"
+    ) from error
+
+
+class ConsolidateCallback(TrainerCallback):
+    """Takes the weights back towards the start at the end of training.
+
+    The Trainer's validation loss, the `eval_loss` that it would log, decides how far. That happens after
+    ``load_best_model_at_end`` has put the best weights in place; checkpoints hold the weights as
+    trained, so that training resumes from them as ever, and `save_model` after training saves what
+    is consolidated. The Trainer's logs get ``consolidate/share``, ``consolidate/kept``,
+    ``consolidate/loss``, ``consolidate/start_loss`` and ``consolidate/end_loss``.
+
+    Args:
+        trainer: any Trainer with an eval_dataset; several of them count alike.
+        keep: share of the gain to keep, in (0, 1].
+        anchor: what the training started from. By default the weights at the beginning of training, and
+            in a run that resumes those that the Trainer was built with.
+        anchor_device: where the default anchor lies during training.
+        evaluate: a loss of the model to decide by instead.
+        **options: for `gapaware.consolidate`: ``fresh`` (the new head!), ``start_loss``,
+            ``evaluations``, ...
+
+    Attributes:
+        result: the `gapaware.Consolidation`, after training.
+
+    Raises:
+        ValueError: there is no eval_dataset, or the anchor does not fit the model; both before training.
+
+    Example:
+        >>> args = TrainingArguments("run", use_cpu=True, report_to="none")
+        >>> trainer = Trainer(nn.Linear(2, 1), args, eval_dataset=[])
+        >>> trainer.add_callback(ConsolidateCallback(trainer, keep=0.95))
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        keep: float = 0.95,
+        anchor: Anchor | None = None,
+        anchor_device: torch.device | str = "cpu",
+        evaluate: Evaluate | None = None,
+        **options: Any,
+    ) -> None:
+        if trainer.eval_dataset is None and evaluate is None:
+            raise ValueError(
+                "trainer: it has no eval_dataset, so nothing tells how far the weights may go back; give "
+                "it one, or pass evaluate=, a function of the model that returns a validation loss"
+            )
+        self.result: Consolidation | None = None
+        self._trainer, self._evaluate = trainer, evaluate
+        self._anchor_device = anchor_device
+        self._given = anchor is not None
+        self._anchor: Anchor | None = anchor
+        # replicas have to decide alike
+        group = None if alone() else torch.distributed.group.WORLD
+        self._options = {"keep": keep, "process_group": group, **options}
+        if anchor is None and trainer.model is not None:
+            self._anchor = starting_weights(trainer.model, anchor_device)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Take the anchor, unless weights of a checkpoint are loaded by now."""
+        model: nn.Module = kwargs["model"]
+        if not self._given and state.global_step == 0:
+            self._anchor = starting_weights(model, self._anchor_device)
+        if self._anchor is None:
+            raise ValueError(
+                "anchor=None: the training resumes from a checkpoint and the Trainer was built with "
+                "model_init, so the starting weights are not known; pass anchor=, their state dict"
+            )
+        matched(model, self._anchor, self._options.get("fresh", ()))  # an error now, not in the end
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Consolidate and log."""
+        assert self._anchor is not None
+        if hasattr(kwargs["optimizer"], "eval"):
+            # one that trains at other weights than it hands out would exchange them in mid-search
+            kwargs["optimizer"].eval()
+        evaluate = self._evaluate or (lambda _: validation_loss(self._trainer))
+        self.result = consolidate(kwargs["model"], self._anchor, evaluate, **self._options)
+        names = ("share", "kept", "loss", "start_loss", "end_loss")
+        self._trainer.log({f"consolidate/{name}": getattr(self.result, name) for name in names})
+        if not self._given:
+            self._anchor = None
+
+
+def validation_loss(trainer: Trainer) -> float:
+    """A Trainer's eval_loss, without its logs, metrics, progress bars and other callbacks.
+
+    Raises:
+        ValueError: the model computes no loss on the eval_dataset.
+    """
+    sets = trainer.eval_dataset
+    names = list(sets) if isinstance(sets, Mapping) else [None]
+    handler = trainer.callback_handler
+    callbacks, handler.callbacks = handler.callbacks, []
+    losses: list[float] = []
+    try:
+        for name in names:
+            output = trainer.evaluation_loop(
+                trainer.get_eval_dataloader(name),
+                description="Consolidation",
+                prediction_loss_only=True,
+            )
+            metrics = output.metrics or {}
+            if "eval_loss" not in metrics:
+                raise ValueError(
+                    "eval_dataset: the model computes no loss on it, which needs labels; add them, or "
+                    "pass evaluate=, a function of the model that returns a validation loss"
+                )
+            losses.append(metrics["eval_loss"])
+    finally:
+        handler.callbacks = callbacks
+    return sum(losses) / len(losses)

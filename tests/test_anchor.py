@@ -1,0 +1,233 @@
+"""The starting weights and the pull towards them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gapaware import Decision, GapAware
+from gapaware.anchor import Anchor
+from gapaware.law import FIRST_PULL, RETAIN_TARGET
+from gapaware.scaling import Scales
+
+
+def model_and_start(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    return model, copy.deepcopy(model.state_dict())
+
+
+def train(model, optimizer, steps, scheduler=None):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 4, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x[:, :2] - 3).square().mean().backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+
+
+def way(model, start):
+    """How far from the start, by parameter name."""
+    return {name: (p.detach() - start[name]).norm().item() for name, p in model.named_parameters()}
+
+
+def still(p):
+    """An optimizer that moves nothing."""
+    return torch.optim.SGD([p] if isinstance(p, nn.Parameter) else p, lr=0.0)
+
+
+def test_the_pull_by_hand():
+    """θ ← θ + ρ (θ_0 − θ) after each step of the base, ρ = 1/(1/ρ_0 + 𝒜* t) at the last decision."""
+    theta = nn.Parameter(torch.zeros(3))
+    alone = torch.zeros(3)
+    optimizer = GapAware(torch.optim.SGD([theta], lr=1.0), mode="retain", interval=1)
+    for step in range(12):
+        theta.grad = -torch.ones(3)
+        optimizer.step()
+        # a snapshot at each step, decided on one later, and the first that has a spectrum is step 4's
+        seen = step - 1
+        pull = FIRST_PULL if seen < 4 else 1 / (1 / FIRST_PULL + RETAIN_TARGET * seen)
+        alone = (alone + 1) * (1 - pull)
+        assert theta.tolist() == pytest.approx(alone.tolist()), step
+    assert optimizer.history[-1]["pull"] == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 11))
+
+
+def test_the_pull_follows_the_schedule():
+    theta = nn.Parameter(torch.ones(3))
+    anchor = Anchor("init")
+    group = {"params": [theta], "lr": 0.4}
+    anchor.start([group])
+    with torch.no_grad():
+        theta.add_(1.0)
+    anchor.pull([group], [Scales(pull=0.5)])
+    assert theta.tolist() == [1.5] * 3
+    group["lr"] = 0.1
+    anchor.pull([group], [Scales(pull=0.5)])
+    assert theta.tolist() == pytest.approx([1.4375] * 3)
+    group["lr"] = 0.0
+    anchor.pull([group], [Scales(pull=0.5)])
+    assert theta.tolist() == pytest.approx([1.4375] * 3)
+
+
+@pytest.mark.parametrize("granularity", ["global", "group", "block"])
+def test_it_stays_nearer_to_the_start_than_the_base_alone(granularity):
+    model, start = model_and_start()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 60)
+    alone = way(model, start)
+    model, start = model_and_start()
+    optimizer = GapAware(
+        torch.optim.AdamW(model.named_parameters(), lr=1e-2),
+        mode="retain",
+        granularity=granularity,
+    )
+    train(model, optimizer, 60)
+    pulled = way(model, start)
+    assert all(0 < pulled[name] < 0.8 * alone[name] for name in alone)
+    assert optimizer.scales == [1.0] * len(optimizer.scales)
+
+
+def test_a_new_head_is_left_alone():
+    """By a state dict that lacks it, or by a group that says so: both the same run."""
+    ends = []
+    for by_group in (False, True):
+        model, start = model_and_start()
+        named = list(model.named_parameters())
+        trunk = {name: value for name, value in start.items() if name.startswith("0.")}
+        groups = [{"params": named[:2]}, {"params": named[2:], "anchor": not by_group}]
+        base = torch.optim.SGD(groups, lr=0.05)
+        anchor = "init" if by_group else trunk
+        train(model, GapAware(base, mode="retain", anchor=anchor), 1)
+        expected, _ = model_and_start()
+        train(expected, torch.optim.SGD(expected.parameters(), lr=0.05), 1)
+        assert torch.equal(model[2].weight, expected[2].weight)
+        assert not torch.equal(model[0].weight, expected[0].weight)
+        ends.append(model[0].weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_the_anchor_may_be_other_weights_than_the_first():
+    theta = nn.Parameter(torch.zeros(2))
+    base = torch.optim.SGD([("theta", theta)], lr=0.1)
+    optimizer = GapAware(base, mode="retain", anchor={"theta": torch.ones(2)})
+    theta.grad = torch.zeros(2)
+    optimizer.step()
+    assert theta.tolist() == pytest.approx([FIRST_PULL] * 2)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "message"),
+    [
+        ({"other": torch.ones(2)}, "named_parameters"),
+        ({"theta": torch.ones(3)}, r"'theta' has the shape \(3,\), the parameter \(2,\)"),
+        ("start", "choose one of 'init'"),
+    ],
+)
+def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, message):
+    base = torch.optim.SGD([("theta", nn.Parameter(torch.zeros(2)))], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        GapAware(base, mode="retain", anchor=anchor)
+
+
+def test_an_anchor_without_a_pull_is_refused():
+    with pytest.raises(ValueError, match='mode="auto" pulls to nothing'):
+        GapAware(still(nn.Parameter(torch.ones(2))), anchor="init")
+
+
+def test_a_controller_may_pull():
+    model, start = model_and_start()
+    ends = {}
+    for pull in (0.0, 0.5):
+        model.load_state_dict(start)
+        optimizer = GapAware(
+            torch.optim.SGD(model.parameters(), lr=0.05),
+            anchor="init",
+            interval=1,
+            controller=lambda seen, pull=pull: Decision(1.0, pull=pull),
+        )
+        train(model, optimizer, 30)
+        ends[pull] = sum(way(model, start).values())
+    assert ends[0.5] < 0.5 * ends[0.0]
+
+
+@pytest.mark.parametrize("pull", [-0.1, 1.5, float("nan")])
+def test_a_pull_is_a_share(pull):
+    model, _ = model_and_start()
+    optimizer = GapAware(
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        anchor="init",
+        interval=1,
+        controller=lambda seen: Decision(1.0, pull=pull),
+    )
+    with pytest.warns(UserWarning, match="return a share within"):
+        train(model, optimizer, 8)
+
+
+def test_kept_in_bfloat16_and_elsewhere():
+    theta = nn.Parameter(torch.full((4,), 1 / 3))
+    anchor = Anchor("init", device="cpu", dtype=torch.bfloat16)
+    group = {"params": [theta], "lr": 1.0}
+    anchor.start([group])
+    assert {w.dtype for w in anchor.state_dict()["weights"].values()} == {torch.bfloat16}
+    with torch.no_grad():
+        theta.zero_()
+    anchor.pull([group], [Scales(pull=1.0)])
+    assert theta.tolist() == torch.full((4,), 1 / 3, dtype=torch.bfloat16).tolist()
+    assert theta.dtype == torch.float32
+
+
+def test_frozen_later_and_added_parameters():
+    model, _ = model_and_start()
+    optimizer = GapAware(torch.optim.SGD(model[0].parameters(), lr=0.05), mode="retain")
+    train(model, optimizer, 10)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    added = copy.deepcopy(model[2].state_dict())
+    model[0].bias.requires_grad_(False)
+    train(model, optimizer, 40)
+    assert (model[2].weight - added["weight"]).norm() > 0
+    assert len(optimizer.starting_weights()) == 4
+    assert torch.equal(optimizer.starting_weights()["1.0"], added["weight"])
+
+
+def test_a_state_of_the_base_alone_is_a_new_start():
+    model, start = model_and_start()
+    optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    train(model, optimizer, 10)
+    assert torch.equal(optimizer.starting_weights()["0.0"], start["0.weight"])
+    optimizer.load_state_dict(optimizer.base.state_dict())
+    now = model[0].weight.detach().clone()
+    train(model, optimizer, 10)
+    assert torch.equal(optimizer.starting_weights()["0.0"], now)
+
+
+def test_loaded_before_the_model_the_start_is_what_was_saved():
+    """accelerate saves and loads the state before the first step; a resumed run loads it after."""
+    model, _ = model_and_start()
+    optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _, other_start = model_and_start(seed=1)
+    model.load_state_dict(other_start)
+    train(model, optimizer, 1)
+    assert torch.equal(optimizer.starting_weights()["0.0"], other_start["0.weight"])
+
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    resumed.load_state_dict(saved)
+    train(model, resumed, 5)
+    assert torch.equal(resumed.starting_weights()["0.0"], other_start["0.weight"])
+
+
+def test_a_fault_in_the_pull_never_costs_the_run(monkeypatch):
+    def broken(*args):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(Anchor, "pull", broken)
+    model, _ = model_and_start()
+    optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    with pytest.warns(UserWarning, match="the pull towards the start: MemoryError"):
+        train(model, optimizer, 20)
+    alone, _ = model_and_start()
+    train(alone, torch.optim.SGD(alone.parameters(), lr=0.05), 20)
+    assert all(map(torch.equal, model.parameters(), alone.parameters()))
