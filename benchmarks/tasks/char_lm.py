@@ -1,4 +1,4 @@
-"""A small character transformer on the King James Bible, mini-batches, warm-up and cosine.
+"""A small character transformer on the King James Bible: mini-batches, warm-up, one of three schedules.
 
 At the tuned lr it has no plateau and must be left alone; at an lr ten or a hundred times too
 small it is the everyday plateau: someone did not sweep. The text comes with the package
@@ -11,16 +11,21 @@ import functools
 import importlib.util
 import json
 import math
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.tasks import BuildOptimizer, Result, thin
+from benchmarks.bases import MuonAdamW
+from benchmarks.tasks import Task, Training
+from benchmarks.tasks.transformer import Transformer
+
+WARMUP = 60
+COOLDOWN = 0.2  # share of the budget in which warmup-stable-decay goes to zero
 
 
 @functools.cache
@@ -39,52 +44,14 @@ def encode(text: str, alphabet: str) -> torch.Tensor:
     return torch.tensor([index.get(character, len(alphabet)) for character in text])
 
 
-class Block(nn.Module):
-    """Pre-norm causal attention and MLP."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, time, width) to the same shape."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        x = x + self.mlp(self.norm_mlp(x))
-        return x
-
-
-class CharTransformer(nn.Module):
-    """A GPT in miniature: learned positions, pre-norm blocks, untied head."""
-
-    def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, time, vocabulary) of tokens (batch, time)."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        logits: torch.Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
+@functools.cache
+def corpus() -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Training text, held-out text (the last tenth) and the size of the vocabulary."""
+    text = bible()
+    alphabet = "".join(sorted(set(text)))
+    encoded = encode(text, alphabet)
+    cut = int(0.9 * len(encoded))
+    return encoded[:cut], encoded[cut:], len(alphabet) + 1
 
 
 def windows(text: torch.Tensor, starts: torch.Tensor, context: int) -> torch.Tensor:
@@ -97,88 +64,84 @@ def next_character_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
-@dataclass(frozen=True)
-class CharLMTask:
-    """Held-out loss after `budget` steps; the last tenth of the text is held out."""
+def char_lm(
+    seed: int,
+    *,
+    width: int = 64,
+    context: int = 64,
+    batch_size: int = 32,
+    batches_at_the_end: int = 40,
+) -> Training:
+    """Random windows of the text; held-out loss on fixed, evenly spaced ones."""
+    train, held_out, vocabulary = corpus()
+    torch.manual_seed(seed)
+    model = Transformer(vocabulary, context, width, layers=2, heads=4)
+    draw = torch.Generator().manual_seed(seed)
 
-    name: str = "char-lm"
-    layers: int = 2
-    width: int = 64
-    heads: int = 4
-    context: int = 64
-    batch_size: int = 32
-    lr: float = 1.2e-2
-    budget: int = 600
-    warmup: int = 60
-    target: float | None = None
-    check_every: int = 50
-    base: type[torch.optim.Optimizer] = torch.optim.AdamW
-    base_kwargs: dict[str, Any] = field(default_factory=lambda: {"weight_decay": 1e-1})
+    def loss() -> torch.Tensor:
+        starts = torch.randint(len(train) - context, (batch_size,), generator=draw)
+        return next_character_loss(model, windows(train, starts, context))
 
-    def model(self, vocabulary: int) -> CharTransformer:
-        """A freshly initialized model."""
-        return CharTransformer(vocabulary, self.context, self.width, self.layers, self.heads)
+    def evaluate(at_the_end: bool) -> tuple[float, None]:
+        batches = batches_at_the_end if at_the_end else 4
+        last = len(held_out) - context - 1
+        starts = torch.linspace(0, last, batches * batch_size).long().view(batches, -1)
+        losses = [next_character_loss(model, windows(held_out, row, context)) for row in starts]
+        return torch.stack(losses).mean().item(), None
 
-    def lr_factor(self, step: int, budget: int) -> float:
-        """Linear warm-up, then cosine to zero."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (budget - self.warmup)))
-
-    @torch.no_grad()
-    def held_out_loss(self, model: nn.Module, text: torch.Tensor, batches: int) -> float:
-        """Mean loss over `batches` fixed, evenly spaced batches of the text."""
-        last = len(text) - self.context - 1
-        starts = torch.linspace(0, last, batches * self.batch_size).long().view(batches, -1)
-        losses = [next_character_loss(model, windows(text, row, self.context)) for row in starts]
-        return torch.stack(losses).mean().item()
-
-    def run(
-        self,
-        build_optimizer: BuildOptimizer,
-        *,
-        seed: int,
-        lr: float | None = None,
-        budget: int | None = None,
-    ) -> Result:
-        """Train from scratch on random windows of the text."""
-        lr, budget = lr or self.lr, budget or self.budget
-        text = bible()
-        alphabet = "".join(sorted(set(text)))
-        encoded = encode(text, alphabet)
-        cut = int(0.9 * len(encoded))
-        train, held_out = encoded[:cut], encoded[cut:]
-        torch.manual_seed(seed)
-        model = self.model(len(alphabet) + 1)
-        optimizer = build_optimizer(model.parameters(), lr, **self.base_kwargs)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.lr_factor(step, budget)
-        )
-
-        curve: list[tuple[int, float, float | None]] = []
-        draw = torch.Generator().manual_seed(seed)
-        started = time.perf_counter()
-        for step in range(1, budget + 1):
-            starts = torch.randint(len(train) - self.context, (self.batch_size,), generator=draw)
-            optimizer.zero_grad()
-            next_character_loss(model, windows(train, starts, self.context)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            if step % self.check_every == 0 and step < budget:
-                curve.append((step, self.held_out_loss(model, held_out, batches=4), None))
-        curve.append((budget, self.held_out_loss(model, held_out, batches=40), None))
-        return Result(
-            task=self.name,
-            seed=seed,
-            lr=lr,
-            steps=budget,
-            steps_to_target=None,
-            final_loss=curve[-1][1],
-            final_accuracy=None,
-            seconds=time.perf_counter() - started,
-            curve=thin(curve),
-        )
+    return Training(model, loss, evaluate)
 
 
-CHAR_LM = CharLMTask()
+def _after_warmup(
+    shape: Callable[[float], float],
+) -> Callable[[torch.optim.Optimizer, int], LambdaLR]:
+    """Linear warm-up, then `shape` of the share of the rest that is done."""
+
+    def schedule(optimizer: torch.optim.Optimizer, budget: int) -> LambdaLR:
+        def factor(step: int) -> float:
+            if step < WARMUP:
+                return (step + 1) / WARMUP
+            return shape((step - WARMUP) / (budget - WARMUP))
+
+        return LambdaLR(optimizer, factor)
+
+    return schedule
+
+
+cosine = _after_warmup(lambda done: 0.5 * (1 + math.cos(math.pi * done)))
+constant = _after_warmup(lambda done: 1.0)
+warmup_stable_decay = _after_warmup(lambda done: min(1.0, (1 - done) / COOLDOWN))
+
+CHAR_LM = Task(
+    name="char-lm",
+    setup=char_lm,
+    lr=1.2e-2,
+    budget=600,
+    check_every=50,
+    base_kwargs={"weight_decay": 1e-1},
+    schedule=cosine,
+    clip=1.0,
+    tuned_on=True,
+)
+SMALL = replace(
+    CHAR_LM,
+    name="char-lm-small",
+    setup=functools.partial(char_lm, width=32, context=32),
+    lr=2.4e-2,
+    tuned_on=False,
+)
+STABLE = replace(SMALL, name="char-lm-small-stable", schedule=warmup_stable_decay)
+MUON = replace(SMALL, name="char-lm-small-muon", lr=2.4e-2, base=MuonAdamW)
+TOO_SMALL = tuple(
+    replace(
+        SMALL,
+        name=f"char-lm-lr-{times}",
+        lr=SMALL.lr / times,
+        schedule=constant,
+        budget=5000,
+        target=2.1,
+        target_is_loss=True,
+        check_every=20,
+    )
+    for times in (10, 30, 100)
+)

@@ -1,4 +1,4 @@
-"""Grokking: a small MLP learns a binary operation modulo a prime from half of its table.
+"""Grokking: a small network learns a binary operation modulo a prime from half of its table.
 
 Full batch, AdamW at lr 1e-3 with weight decay 1.0: training accuracy is perfect after some
 hundred steps, validation accuracy waits for thousands. The long plateau is the task.
@@ -7,16 +7,17 @@ hundred steps, validation accuracy waits for thousands. The long plateau is the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.tasks import BuildOptimizer, Result, thin
+from benchmarks.bases import MuonAdamW
+from benchmarks.tasks import Task, Training
+from benchmarks.tasks.transformer import Transformer
 
 Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -24,11 +25,11 @@ Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class PairMLP(nn.Module):
     """Both operands embedded by one table and concatenated, one hidden layer, a class each."""
 
-    def __init__(self, modulus: int, width: int, hidden: int) -> None:
+    def __init__(self, modulus: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(modulus, width)
-        self.hidden = nn.Linear(2 * width, hidden)
-        self.output = nn.Linear(hidden, modulus)
+        self.embedding = nn.Embedding(modulus, 64)
+        self.hidden = nn.Linear(2 * 64, 128)
+        self.output = nn.Linear(128, modulus)
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
         """Logits (n, modulus) of pairs of residues (n, 2)."""
@@ -36,76 +37,103 @@ class PairMLP(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class ModularTask:
-    """Steps until validation accuracy first reaches `target`, checked every `check_every` steps."""
+class PairTransformer(nn.Module):
+    """Two layers over both operands; the answer is read at the second."""
 
-    name: str
-    operation: Operation
-    modulus: int = 41
-    train_fraction: float = 0.5
-    width: int = 64
-    hidden: int = 128
-    lr: float = 1e-3
-    budget: int = 20_000
-    target: float | None = 0.95
-    check_every: int = 10
-    base: type[torch.optim.Optimizer] = torch.optim.AdamW
-    base_kwargs: dict[str, Any] = field(default_factory=lambda: {"weight_decay": 1.0})
+    def __init__(self, modulus: int) -> None:
+        super().__init__()
+        self.transformer = Transformer(modulus, 2, width=48, layers=2, heads=4)
 
-    def data(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Train pairs, train answers, validation pairs, validation answers."""
-        p = self.modulus
-        pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
-        answers = self.operation(pairs[:, 0], pairs[:, 1]) % p
-        order = torch.randperm(p * p, generator=torch.Generator().manual_seed(seed))
-        cut = int(self.train_fraction * p * p)
-        train, held_out = order[:cut], order[cut:]
-        return pairs[train], answers[train], pairs[held_out], answers[held_out]
-
-    def run(
-        self,
-        build_optimizer: BuildOptimizer,
-        *,
-        seed: int,
-        lr: float | None = None,
-        budget: int | None = None,
-    ) -> Result:
-        """Train on the full batch and stop at the target."""
-        lr, budget = lr or self.lr, budget or self.budget
-        train_pairs, train_answers, held_out_pairs, held_out_answers = self.data(seed)
-        torch.manual_seed(seed)
-        model = PairMLP(self.modulus, self.width, self.hidden)
-        optimizer = build_optimizer(model.parameters(), lr, **self.base_kwargs)
-
-        curve: list[tuple[int, float, float | None]] = []
-        reached = None
-        started = time.perf_counter()
-        for step in range(1, budget + 1):
-            optimizer.zero_grad()
-            F.cross_entropy(model(train_pairs), train_answers).backward()
-            optimizer.step()
-            if step % self.check_every == 0 or step == budget:
-                with torch.no_grad():
-                    logits = model(held_out_pairs)
-                accuracy = (logits.argmax(1) == held_out_answers).float().mean().item()
-                loss = F.cross_entropy(logits, held_out_answers).item()
-                curve.append((step, loss, accuracy))
-                if self.target is not None and accuracy >= self.target:
-                    reached = step
-                    break
-        return Result(
-            task=self.name,
-            seed=seed,
-            lr=lr,
-            steps=curve[-1][0],
-            steps_to_target=reached,
-            final_loss=curve[-1][1],
-            final_accuracy=curve[-1][2],
-            seconds=time.perf_counter() - started,
-            curve=thin(curve),
-        )
+    def forward(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Logits (n, modulus) of pairs of residues (n, 2)."""
+        logits: torch.Tensor = self.transformer(pairs)[:, -1]
+        return logits
 
 
-ADD = ModularTask("modular-add", lambda a, b: a + b)
-MULTIPLY = ModularTask("modular-multiply", lambda a, b: a * b)
+def table(operation: Operation, modulus: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of residues (n, 2) and their answers (n,).
+
+    >>> pairs, answers = table(torch.add, 3)
+    >>> pairs[-1].tolist(), answers[-1].item()
+    ([2, 2], 1)
+    """
+    pairs = torch.cartesian_prod(torch.arange(modulus), torch.arange(modulus))
+    return pairs, operation(pairs[:, 0], pairs[:, 1]) % modulus
+
+
+def modular(
+    seed: int,
+    *,
+    operation: Operation,
+    modulus: int = 41,
+    train_fraction: float = 0.5,
+    batch_size: int | None = None,
+    network: Callable[[int], nn.Module] = PairMLP,
+) -> Training:
+    """Split the table, and train on the whole of its first part, or on random batches of it."""
+    pairs, answers = table(operation, modulus)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    cut = int(train_fraction * len(pairs))
+    train, held_out = order[:cut], order[cut:]
+    train_pairs, train_answers = pairs[train], answers[train]
+    held_out_pairs, held_out_answers = pairs[held_out], answers[held_out]
+    torch.manual_seed(seed)
+    model = network(modulus)
+    draw = torch.Generator().manual_seed(seed)
+
+    def loss() -> torch.Tensor:
+        if batch_size is None:
+            return F.cross_entropy(model(train_pairs), train_answers)
+        batch = torch.randint(cut, (batch_size,), generator=draw)
+        return F.cross_entropy(model(train_pairs[batch]), train_answers[batch])
+
+    def evaluate(_: bool) -> tuple[float, float]:
+        logits = model(held_out_pairs)
+        accuracy = (logits.argmax(1) == held_out_answers).float().mean().item()
+        return F.cross_entropy(logits, held_out_answers).item(), accuracy
+
+    return Training(model, loss, evaluate)
+
+
+def squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """x² + y²."""
+    return a * a + b * b
+
+
+def mixed_powers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """x² + y."""
+    return a * a + b
+
+
+ADD = Task(
+    name="modular-add",
+    setup=partial(modular, operation=torch.add),
+    lr=1e-3,
+    budget=20_000,
+    target=0.95,
+    base_kwargs={"weight_decay": 1.0},
+    tuned_on=True,
+)
+MULTIPLY = replace(ADD, name="modular-multiply", setup=partial(modular, operation=torch.mul))
+HELD_OUT = replace(ADD, budget=10_000, tuned_on=False)
+SQUARES = replace(HELD_OUT, name="modular-squares", setup=partial(modular, operation=squares))
+MIXED = replace(
+    HELD_OUT,
+    name="modular-mixed-59",
+    setup=partial(modular, operation=mixed_powers, modulus=59, batch_size=512),
+)
+LARGE = replace(
+    HELD_OUT,
+    name="modular-add-97",
+    setup=partial(modular, operation=torch.add, modulus=97, train_fraction=0.4, batch_size=512),
+)
+TRANSFORMER = replace(
+    HELD_OUT,
+    name="modular-add-transformer",
+    setup=partial(modular, operation=torch.add, batch_size=256, network=PairTransformer),
+    budget=5_000,
+)
+MUON = replace(HELD_OUT, name="modular-add-muon", lr=1e-2, base=MuonAdamW)
+TRANSFORMER_MUON = replace(
+    TRANSFORMER, lr=5e-4, name="modular-add-transformer-muon", base=MuonAdamW
+)

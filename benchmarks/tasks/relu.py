@@ -7,13 +7,16 @@ initialization gradient flow interpolates with a norm within a constant of the s
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import torch
+from torch import nn
 
-from benchmarks.tasks import BuildOptimizer, Result, thin
+from benchmarks.tasks import Task, Training
+
+POINTS = 16
+NEURONS = 32
+SCALE = 1e-3
 
 
 def smallest_squared_norm(targets: torch.Tensor) -> float:
@@ -24,62 +27,39 @@ def smallest_squared_norm(targets: torch.Tensor) -> float:
     return 2 * float(targets.clamp(min=0).norm() + targets.clamp(max=0).norm())
 
 
-@dataclass(frozen=True)
-class ReluTask:
-    """Steps until the training loss first falls below `target`; full batch, no decay."""
+def relu(seed: int) -> Training:
+    """Random targets; the whole batch is both training and held-out data."""
+    torch.manual_seed(seed)
+    targets = torch.randn(POINTS)
+    # The inputs are the unit vectors, so that the hidden layer's weights are its activations.
+    hidden = nn.Parameter(SCALE * torch.randn(POINTS, NEURONS))
+    output = nn.Parameter(SCALE * torch.randn(NEURONS))
+    model = nn.ParameterDict({"hidden": hidden, "output": output})
 
-    name: str = "relu-orthogonal"
-    points: int = 16
-    neurons: int = 32
-    scale: float = 1e-3
-    lr: float = 0.15
-    budget: int = 20_000
-    target: float | None = 1e-3
-    base: type[torch.optim.Optimizer] = torch.optim.SGD
-    base_kwargs: dict[str, Any] = field(default_factory=dict)
+    def loss() -> torch.Tensor:
+        return 0.5 * (hidden.relu() @ output - targets).square().mean()
 
-    def run(
-        self,
-        build_optimizer: BuildOptimizer,
-        *,
-        seed: int,
-        lr: float | None = None,
-        budget: int | None = None,
-    ) -> Result:
-        """Train on the whole batch and stop at the target."""
-        lr, budget = lr or self.lr, budget or self.budget
-        torch.manual_seed(seed)
-        targets = torch.randn(self.points)
-        # The inputs are the unit vectors, so that the hidden layer's weights are its activations.
-        hidden = torch.nn.Parameter(self.scale * torch.randn(self.points, self.neurons))
-        output = torch.nn.Parameter(self.scale * torch.randn(self.neurons))
-        optimizer = build_optimizer([hidden, output], lr, **self.base_kwargs)
+    def norm() -> dict[str, float]:
+        squared = (hidden.square().sum() + output.square().sum()).item()
+        return {"norm_over_smallest": squared / smallest_squared_norm(targets)}
 
-        curve: list[tuple[int, float, float | None]] = []
-        reached = None
-        started = time.perf_counter()
-        for step in range(budget):
-            optimizer.zero_grad()
-            loss = 0.5 * (hidden.relu() @ output - targets).square().mean()
-            curve.append((step, loss.item(), None))
-            if self.target is not None and curve[-1][1] < self.target:
-                reached = step
-                break
-            loss.backward()
-            optimizer.step()
-        squared_norm = (hidden.square().sum() + output.square().sum()).item()
-        return Result(
-            task=self.name,
-            seed=seed,
-            lr=lr,
-            steps=curve[-1][0],
-            steps_to_target=reached,
-            final_loss=curve[-1][1],
-            final_accuracy=None,
-            seconds=time.perf_counter() - started,
-            curve=thin(curve),
-            extras={"norm_over_smallest": squared_norm / smallest_squared_norm(targets)},
-        )
+    return Training(model, loss, lambda _: (loss().item(), None), norm)
 
 
-RELU = ReluTask()
+RELU = Task(
+    name="relu-orthogonal",
+    setup=relu,
+    lr=0.15,
+    budget=20_000,
+    target=1e-3,
+    target_is_loss=True,
+    check_every=1,
+    base=torch.optim.SGD,
+)
+ADAMW = replace(
+    RELU,
+    name="relu-orthogonal-adamw",
+    lr=1e-3,
+    base=torch.optim.AdamW,
+    base_kwargs={"weight_decay": 0.0},
+)

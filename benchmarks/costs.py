@@ -1,0 +1,168 @@
+"""What GapAware costs in time: measurements, each of them a row of plain values."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpt2 import LR, RIVALS_OF_ADAMW, WRAPPED, Trainee
+from benchmarks.timing import interleaved, seconds
+from gapaware import GapAware
+
+Row = dict[str, Any]
+
+WINDOW = 10
+
+
+def step_with_gapaware(trainee: Trainee, base: str, interval: int | str, budget: float) -> Row:
+    """Training steps with GapAware around an optimizer, against steps of that very optimizer alone.
+
+    Model, batch and state are the same ones, so that nothing else differs.
+
+    Args:
+        trainee: what is trained.
+        base: a name in `gpt2.WRAPPED`.
+        interval: of GapAware; "auto" is the default.
+        budget: seconds to spend.
+    """
+    optimizer = wrapped(trainee, base, interval)
+    trainee.step(optimizer.base)
+    fill(optimizer, trainee.parameters)
+    trainee.step(optimizer)
+    inside = optimizer.seconds
+    rounds = interleaved(
+        lambda: trainee.step(optimizer.base),
+        lambda: trainee.step(optimizer),
+        trainee.device,
+        repeats=optimizer.interval,
+        budget=budget,
+    )
+    refuse_faults(optimizer)
+    return {
+        "measure": "step",
+        "base": base,
+        "method": "gapaware",
+        "interval": optimizer.interval,
+        "defaults": interval == "auto",
+        "rounds": rounds,
+        "step_seconds": median(alone for alone, _ in rounds) / optimizer.interval,
+        "inside_seconds": (optimizer.seconds - inside) / (len(rounds) * optimizer.interval),
+    }
+
+
+def step_with_rival(trainee: Trainee, name: str, budget: float) -> Row:
+    """Training steps with a rival around AdamW, or in its place, against steps of AdamW alone."""
+    alone = torch.optim.AdamW(trainee.parameters, lr=LR)
+    rival = RIVALS_OF_ADAMW[name](trainee.model)
+    for optimizer in (alone, rival):
+        trainee.step(optimizer)
+    rounds = interleaved(
+        lambda: trainee.step(alone),
+        lambda: trainee.step(rival),
+        trainee.device,
+        repeats=2,
+        budget=budget,
+    )
+    return {
+        "measure": "step",
+        "base": "AdamW",
+        "method": name,
+        "rounds": rounds,
+        "step_seconds": median(first for first, _ in rounds) / 2,
+    }
+
+
+def snapshot_of_model(trainee: Trainee, base: str, budget: float) -> Row:
+    """A snapshot of a model's parameters against one read of them."""
+    optimizer = wrapped(trainee, base, interval=1)
+    return {"base": base, **snapshot(optimizer, trainee.parameters, budget)}
+
+
+def snapshot_of_tensors(
+    numbers: int, tensors: int, device: torch.device, budget: float, **arguments: Any
+) -> Row:
+    """A snapshot of equal float32 tensors against one read of them.
+
+    Args:
+        numbers: in all tensors together, about.
+        tensors: how many.
+        device: where they are.
+        budget: seconds to spend.
+        arguments: for GapAware.
+    """
+    torch.manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.randn(numbers // tensors // 64, 64, device=device))
+        for _ in range(tensors)
+    ]
+    optimizer = GapAware(torch.optim.SGD(parameters, lr=LR), interval=1, **arguments)
+    return {**arguments, **snapshot(optimizer, parameters, budget, arguments.get("window", WINDOW))}
+
+
+@torch.no_grad()
+def snapshot(
+    optimizer: GapAware, parameters: Sequence[Tensor], budget: float, window: int = WINDOW
+) -> Row:
+    """Time whole steps of GapAware in which the wrapped optimizer has no gradients, so nothing to do.
+
+    Against `sum` over the same tensors, and on CUDA against half a copy of as many bytes besides.
+    """
+    fill(optimizer, parameters, window + 3)
+    device = parameters[0].device
+    rounds = interleaved(
+        lambda: [parameter.sum() for parameter in parameters],
+        optimizer.step,
+        device,
+        repeats=2,
+        budget=budget,
+        before=lambda: nudge(parameters),
+    )
+    refuse_faults(optimizer)
+    row = {
+        "measure": "snapshot",
+        "numbers": sum(parameter.numel() for parameter in parameters),
+        "tensors": len(parameters),
+        "rounds": rounds,
+        "snapshot_seconds": median(taken for _, taken in rounds) / 2,
+    }
+    if device.type == "cuda":
+        source = torch.zeros(sum(p.nbytes for p in parameters), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copies = [seconds(lambda: target.copy_(source), device) for _ in range(20)]
+        row["half_copy_seconds"] = median(copies) / 2
+    return row
+
+
+def fill(optimizer: GapAware, parameters: Sequence[Tensor], snapshots: int = WINDOW + 3) -> None:
+    """Let GapAware see snapshots of parameters that move, without training them."""
+    optimizer.zero_grad()
+    for _ in range(snapshots * optimizer.interval):
+        nudge(parameters)
+        optimizer.step()
+
+
+@torch.no_grad()
+def nudge(parameters: Sequence[Tensor]) -> None:
+    """Move every parameter a little, as a step would."""
+    torch._foreach_mul_(list(parameters), [1 + random.gauss(0, 1e-4) for _ in parameters])
+
+
+def wrapped(trainee: Trainee, base: str, interval: int | str) -> GapAware:
+    """GapAware around an optimizer of a model."""
+    with warnings.catch_warnings():
+        # at interval=1 the law never acts on AdamW; what a snapshot costs is the same
+        warnings.filterwarnings("ignore", message="interval=1 .*the window is shorter")
+        return WRAPPED[base](trainee.model, interval)
+
+
+def refuse_faults(optimizer: GapAware) -> None:
+    """Raise where GapAware met a fault, since it may have done nothing from then on."""
+    for record in optimizer.history:
+        if record["decision"] == "fault":
+            raise RuntimeError(f"not a measurement: {record['why']}")

