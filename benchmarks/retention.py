@@ -8,6 +8,7 @@ own head alone and replace the weight decay to zero. EWC alone is given old data
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,9 @@ def base(run: Training) -> Curves:
 
 def retain(run: Training) -> Curves:
     """GapAware's mode "retain" at default settings, and the line back from its end."""
-    points = run.finetune(GapAware(run.optimizer(), mode="retain"))
+    fresh = run.task.fresh or ("\0",)
+    anchor = {name: start for name, start in run.anchor.items() if not name.startswith(fresh)}
+    points = run.finetune(GapAware(run.optimizer(), mode="retain", anchor=anchor))
     return {"trajectory": points, "line": run.line()}
 
 
@@ -165,18 +168,21 @@ def finch(run: Training) -> Curves:
 
 
 def consolidated(run: Training) -> Curves:
-    """The optimizer alone, then `gapaware.consolidate` for each share of the gain to keep."""
-    points = run.finetune(run.optimizer())
+    """Mode "retain", then `gapaware.consolidate` for each share of the gain to keep."""
+    points = retain(run)["trajectory"]
     end, validation = copy_of(run.model), run.task.data(run.seed).validation
 
     def places() -> Iterator[tuple[float, State]]:
         for keep in KEEPS:
             run.model.load_state_dict(end)
-            gapaware.consolidate(  # type: ignore[attr-defined]
+            gapaware.consolidate(
                 run.model,
                 run.anchor,
                 lambda model: run.task.score(model, validation).loss,
-                keep=keep,
+                keep,
+                fresh=run.task.fresh,
+                start_loss=math.log(run.task.classes),
+                progress=False,
             )
             yield keep, copy_of(run.model)
 
@@ -215,6 +221,5 @@ METHODS: dict[str, Method] = {
     "lwf": Method(distillation, "λ", (0.03, 0.1, 0.3, 1, 3, 10, 30)),
     "ema": Method(averaged, "decay", (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)),
     "finch": Method(finch),
+    "gapaware-consolidate": Method(consolidated),
 }
-if hasattr(gapaware, "consolidate"):
-    METHODS["gapaware-consolidate"] = Method(consolidated)

@@ -23,8 +23,9 @@ from gapaware import GapAware
 Row = dict[str, Any]  # one finished run
 Key = tuple[str, str, float, Point, int]
 METHODS: dict[str, Method] = {m.name: m for m in (BASE, GAPAWARE, *RIVALS)}
+KEPT_POINTS = 20
 KEPT_SCALES = 200
-KEPT_DECISIONS = 40
+KEPT_DECISIONS = 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Run:
     def do(self) -> Row:
         """Train and describe the outcome."""
         torch.set_num_threads(1)
+        # decay takes unused weights to denormal numbers, which make a CPU several times slower
+        torch.set_flush_denormal(True)
         task, built = TASKS[self.task], []
         occasion = Occasion(self.seed, self.scales)
         make = METHODS[self.method].make(task.base, self.point, occasion)
@@ -76,6 +79,9 @@ class Run:
         if self.point is not None:
             row["point"] = self.point
         row["budget"] = self.steps_allowed
+        row["curve"] = [
+            [_rounded(value) for value in point] for point in thin(result.curve, KEPT_POINTS)
+        ]
         if isinstance(built[0], GapAware):
             row |= _history(built[0])
         return row
@@ -85,14 +91,24 @@ def _history(optimizer: GapAware) -> Row:
     """The factors over time, evenly spaced, and some decisions with their reasons."""
     records = list(optimizer.history)
     told = [
-        [r["step"], r["scale"], r["spectrum"]["adiabaticity"] if r["spectrum"] else None, r["why"]]
+        [
+            r["step"],
+            _rounded(r["scale"]),
+            _rounded(r["spectrum"]["adiabaticity"] if r["spectrum"] else None),
+            r["why"],
+        ]
         for r in thin(records, KEPT_DECISIONS)
     ]
     return {
-        "scales": [record["scale"] for record in thin(records, KEPT_SCALES)],
+        "scales": [_rounded(record["scale"]) for record in thin(records, KEPT_SCALES)],
         "history": told,
         "gapaware_seconds": optimizer.seconds,
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    """To four digits: thousands of rows are committed."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.4g}")
 
 
 def key_of(row: Row) -> Key:

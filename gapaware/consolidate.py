@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from gapaware.arguments import integer, positive
 from gapaware.distributed import Unsupported, is_dtensor, sharing
 
-Anchor = Mapping[str, Tensor] | nn.Module
+AnchorWeights = Mapping[str, Tensor] | nn.Module
 Evaluate = Callable[[nn.Module], float | Tensor]
 
 RESOLUTION = 0.01  # of the share: what lies between changes neither skill by much
@@ -71,7 +71,7 @@ class Consolidation:
 
 def consolidate(
     model: nn.Module,
-    anchor: Anchor,
+    anchor: AnchorWeights,
     evaluate: Evaluate,
     keep: float = 0.95,
     *,
@@ -104,7 +104,8 @@ def consolidate(
         start_loss: a bound on the loss from which the gain counts, which is that of the anchor, its own
             `fresh` weights included if it has them. A start that is confidently wrong is worse than
             guessing and makes any end look like a gain: pass what guessing gives, log(classes).
-        evaluations: at most so many calls of `evaluate`, at least 3; one more with `fresh`.
+        evaluations: at most so many calls of `evaluate`, at least 3; nine reach the resolution, ten with
+            `fresh`.
         storage_device: where the one copy of the trained weights lies meanwhile, such as "cpu"; by
             default where the weights are.
         process_group: ranks with replicas of the model (DDP), which average their losses to decide
@@ -120,8 +121,7 @@ def consolidate(
             `fresh` names nothing.
         Unsupported: FSDP1, DeepSpeed ZeRO-3, parameters on the meta device, or a sharded model with an
             anchor that is not sharded alike.
-
-        An exception in `evaluate` puts the trained weights back.
+        BaseException: what `evaluate` raises; the trained weights are back in place then.
 
     Warns:
         UserWarning: the end is no gain over the start. The model stays as trained.
@@ -146,7 +146,7 @@ def consolidate(
     ranks = () if process_group is None else tuple(get_process_group_ranks(process_group))
     agreed = _agreed(line, ranks)
     tried: list[tuple[float, float]] = []
-    with _bar(progress, evaluations + line.has_fresh_start) as tick, _modes_of(model), line:
+    with _bar(progress, evaluations) as tick, _modes_of(model), line:
 
         def measured() -> float:
             model.eval()
@@ -180,12 +180,11 @@ def consolidate(
         def keeps(loss: float) -> bool:
             return math.isfinite(loss) and loss <= reference - keep * gain
 
-        share = 0.0 if keeps(near) else smallest(lambda c: keeps(loss_at(c)), evaluations - 2)
+        left = evaluations - 2 - line.has_fresh_start
+        share = 0.0 if keeps(near) else smallest(lambda c: keeps(loss_at(c)), left)
         line.go(share)
     loss = dict(tried)[share]
-    return Consolidation(
-        share, loss, reference, end, 1.0 if share == 1 else (reference - loss) / gain, tuple(tried)
-    )
+    return Consolidation(share, loss, reference, end, (reference - loss) / gain, tuple(tried))
 
 
 def starting_weights(
@@ -283,7 +282,7 @@ class Line:
     def __init__(
         self,
         model: nn.Module,
-        anchor: Anchor,
+        anchor: AnchorWeights,
         fresh: Sequence[str] = (),
         storage_device: torch.device | str | None = None,
     ) -> None:
@@ -325,7 +324,7 @@ class Line:
 
 
 def matched(
-    model: nn.Module, anchor: Anchor, fresh: Sequence[str] = ()
+    model: nn.Module, anchor: AnchorWeights, fresh: Sequence[str] = ()
 ) -> list[tuple[Tensor, Tensor, bool]]:
     """Pair the tensors of a model with those of an anchor.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gapaware.consolidate import (
-    Anchor,
+    AnchorWeights,
     Consolidation,
     Evaluate,
     consolidate,
@@ -69,7 +69,7 @@ class ConsolidateCallback(TrainerCallback):
         trainer: Trainer,
         *,
         keep: float = 0.95,
-        anchor: Anchor | None = None,
+        anchor: AnchorWeights | None = None,
         anchor_device: torch.device | str = "cpu",
         evaluate: Evaluate | None = None,
         **options: Any,
@@ -83,7 +83,7 @@ class ConsolidateCallback(TrainerCallback):
         self._trainer, self._evaluate = trainer, evaluate
         self._anchor_device = anchor_device
         self._given = anchor is not None
-        self._anchor: Anchor | None = anchor
+        self._anchor: AnchorWeights | None = anchor
         # replicas have to decide alike
         group = None if alone() else torch.distributed.group.WORLD
         self._options = {"keep": keep, "process_group": group, **options}

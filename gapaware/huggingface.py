@@ -121,7 +121,7 @@ class Factory:
         if callable(base):
             built = base(model)
             if not isinstance(built, GapAware):
-                return GapAware(built, **together)
+                return GapAware(_named(built, model), **together)
             if options:
                 raise ValueError(
                     f"{', '.join(options)}: base returned a GapAware, which has its options "
@@ -141,7 +141,7 @@ class Factory:
         if base == "adamw":
             args = copy.copy(args)
             args.optim = "adamw_torch"
-        return GapAware(_trainers_own_optimizer(model, args), **together)
+        return GapAware(_named(_trainers_own_optimizer(model, args), model), **together)
 
 
 class GapAwareTrainerMixin(TrainerToMixInto):
@@ -205,6 +205,20 @@ def gapaware_of(optimizer: Any) -> GapAware | None:
 
 def _builds_from_a_model(base: Any) -> bool:
     return callable(base) and not isinstance(base, type)
+
+
+def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Give the parameter groups their names, as `named_parameters()` would have.
+
+    The Trainer builds groups without: then nobody could say which layer is a block, or what to pull to.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer.param_groups
+    members = [parameter for group in groups for parameter in group["params"]]
+    if all(id(p) in names for p in members) and not any("param_names" in g for g in groups):
+        for group in groups:
+            group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+    return optimizer
 
 
 def _trainers_own_optimizer(model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:

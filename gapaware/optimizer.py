@@ -58,7 +58,7 @@ class GapAware(Delegating):
             2·(window + 1) float64 copies of the parameters: for small models.
         target: what the built-in law steers to: in the modes "auto" and "escape" the drift c* = 0.06, the
             mean cosine of updates that momentum does not connect; with mode="retain" how fast the pull
-            gives way, 𝒜* = 0.5: a smaller one forgets less and learns more slowly. Larger is more careful
+            gives way, 𝒜* = 0.25: a smaller one forgets less and learns more slowly. Larger is more careful
             with the first and bolder with the second.
         max_scale: largest factor on the learning rate; 64, and 1 with mode="retain".
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.

@@ -6,7 +6,8 @@ A sentence encoder (all-MiniLM-L6-v2, 22.7M parameters) first learns to sort BBC
 skill to keep. Then it is fine-tuned on the sentiment of tweets, from the same weights, on the same
 batches in the same order, at the same settings: once with AdamW alone, once with AdamW at a tenth of
 the learning rate, which is the obvious way to forget less, and once per GapAware mode with GapAware
-around the first AdamW. Both stages run in the Hugging Face Trainer.
+around the first AdamW. Both stages run in the Hugging Face Trainer. What AdamW and the mode "retain" came
+to is then consolidated: taken back towards the start as far as validation on other tweets allows.
 """
 
 from __future__ import annotations
@@ -38,17 +39,20 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
+from gapaware import consolidate
 from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer_cls_and_kwargs
 from recipes.assets import Classification, classification, minilm
 from recipes.table import table
 
 OLD, NEW = "old", "new"
-ADAMW, ADAMW_SMALL = "AdamW", "AdamW, lr / 10"
+NEW_HEAD = "heads.1."
+ADAMW, ADAMW_SMALL, RETAIN = "AdamW", "AdamW, lr / 10", "GapAware (retain)"
+CONSOLIDATED = ", consolidated"
 COLORS = {
     ADAMW: "0.75",
     ADAMW_SMALL: "0.35",
     "GapAware (auto)": "tab:blue",
-    "GapAware (retain)": "tab:orange",
+    RETAIN: "tab:orange",
 }
 
 
@@ -64,6 +68,8 @@ class Settings:
     batch_size: int = 16
     length: int = 32
     held_out: int = 400
+    validation: int = 200
+    keep: float = 0.95
     score_every: int = 25
 
 
@@ -265,16 +271,22 @@ def compare(
     tokenizer = AutoTokenizer.from_pretrained(source)
     output.mkdir(parents=True, exist_ok=True)
 
+    unseen = {0: settings.held_out, 1: settings.held_out + settings.validation}
+
     def rows(corpus: Classification, task: int) -> Tokenized:
         return Tokenized(corpus, task, tokenizer, settings.length)
 
     def lessons(corpus: Classification, task: int, steps: int, seed: int) -> Tokenized:
-        return rows(corpus.sample(steps * settings.batch_size, seed, settings.held_out), task)
+        return rows(corpus.sample(steps * settings.batch_size, seed, unseen[task]), task)
 
     held_out = {
         OLD: rows(old.held_out(settings.held_out), 0),
         NEW: rows(new.held_out(settings.held_out), 1),
     }
+    left = Classification(
+        new.name, new.texts[settings.held_out :], new.labels[settings.held_out :], new.classes
+    )
+    validation = rows(left.held_out(settings.validation), 1)
     plans: list[tuple[str, float, str | None]] = [
         (ADAMW, settings.lr, None),
         (ADAMW_SMALL, settings.lr / 10, None),
@@ -300,8 +312,10 @@ def compare(
             log = output / f"{mode}-seed{seed}.jsonl" if mode else None
             if log:
                 log.unlink(missing_ok=True)
+            student = deepcopy(pretrained)
+            anchor = {n: p for n, p in student.named_parameters() if not n.startswith(NEW_HEAD)}
             trainer, seconds = train(
-                deepcopy(pretrained),
+                student,
                 lessons(new, 1, settings.steps, seed),
                 held_out,
                 settings,
@@ -310,11 +324,57 @@ def compare(
                 lr=lr,
                 seed=seed,
                 output=output,
-                gapaware={"mode": mode, "log_to": log} if mode else None,
+                gapaware=(
+                    {
+                        "mode": mode,
+                        "log_to": log,
+                        **({"anchor": anchor} if mode == "retain" else {}),
+                    }
+                    if mode
+                    else None
+                ),
                 score_every=settings.score_every,
             )
             results.append(result(method, seed, start, trainer, seconds, log))
+            if method in (ADAMW, RETAIN):
+                results.append(
+                    taken_back(results[-1], trainer, student, pretrained, validation, settings)
+                )
     return results
+
+
+def taken_back(
+    trained: Result,
+    trainer: Trainer,
+    student: Skills,
+    pretrained: Skills,
+    validation: Tokenized,
+    settings: Settings,
+) -> Result:
+    """What is left of both skills after `gapaware.consolidate`, which sees the new task alone."""
+    begun = time.perf_counter()
+
+    def loss(_: nn.Module) -> float:
+        return trainer.predict(validation).metrics["test_loss"]
+
+    done = consolidate(
+        student, pretrained, loss, settings.keep, fresh=[NEW_HEAD], evaluations=8, progress=False
+    )
+    seconds = time.perf_counter() - begun
+    print(f"{trained.method}, seed {trained.seed}, consolidated: {done}")
+    after = trainer.evaluate()
+    return replace(
+        trained,
+        method=trained.method + CONSOLIDATED,
+        old_after=after[f"eval_{OLD}_accuracy"],
+        new_after=after[f"eval_{NEW}_accuracy"],
+        seconds=trained.seconds + seconds,
+        gapaware_seconds=trained.gapaware_seconds + seconds,
+        scores=[],
+        learning_rates=[],
+        log=None,
+        idle=None,
+    )
 
 
 def result(
@@ -392,7 +452,7 @@ def draw(results: Sequence[Result], old: str, new: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12.5, 3.9), layout="constrained")
-    for name in dict.fromkeys(run.method for run in results):
+    for name in dict.fromkeys(run.method for run in results if run.scores):
         runs = [run for run in results if run.method == name]
         steps = [point["step"] for point in runs[0].scores]
         # AdamW lies under the others, wide enough to be seen where GapAware leaves it alone.

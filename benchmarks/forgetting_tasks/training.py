@@ -37,7 +37,7 @@ class Training:
         """The base optimizer at the run's learning rate."""
         lr = self.task.lr * self.lr_factor
         if self.base == "adamw":
-            trained = [p for p in self.model.parameters() if p.requires_grad]
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             return torch.optim.AdamW(trained, lr=lr, **adamw)
         assert self.task.muon_lr is not None, f"{self.task.name} has no lr for Muon"
         muon_lr = self.task.muon_lr * self.lr_factor
