@@ -22,7 +22,9 @@ def draw(
     from matplotlib import pyplot
 
     names = [task.name for task in PLATEAUS if task.name in tasks]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
+    figure, axes = pyplot.subplots(
+        figsize=(9, max(4.5, 1 + 0.3 * len(names))), layout="constrained"
+    )
     shown: dict[str, list[tuple[float, int]]] = {}
     for height, name in enumerate(reversed(names)):
         ours = results.of(Run(name, GAPAWARE.name, 1.0, seed) for seed in range(seeds))
@@ -35,6 +37,8 @@ def draw(
         alone = geometric_mean(map(steps, rows[ALONE]))
         for method, found in rows.items():
             shown.setdefault(method, []).append((geometric_mean(map(steps, found)) / alone, height))
+    axes.axvline(1.0, color="gray", label=ALONE)
+    shown.pop(ALONE, None)
     for method, points in shown.items():
         ours = method == "GapAware"
         axes.plot(

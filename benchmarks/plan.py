@@ -41,10 +41,14 @@ def inner_first(points: Sequence[Point]) -> list[Point]:
 
 
 def best_point(results: Results, task: str, method: Method) -> Point:
-    """The point with the fewest steps over the sweep's seeds, ties by final loss; None before its end."""
+    """The point with the fewest steps over the sweep's seeds, ties by final loss; None before its end.
+
+    Only what the sweep saw counts: a run that was cut off in it and then done whole does not change the
+    choice.
+    """
     ranked = []
     for point in method.points:
-        rows = [results.find(at(task, method.name, point, seed)) for seed in SWEEP_SEEDS]
+        rows = [results.find_first(at(task, method.name, point, seed)) for seed in SWEEP_SEEDS]
         found = [row for row in rows if row is not None]
         if len(found) < len(SWEEP_SEEDS):
             return None
@@ -68,7 +72,7 @@ def _next_of_sweep(results: Results, task: str, method: Method, seed: int) -> Ru
     alone = results.find(Run(task, BASE.name, 1.0, seed))
     allowed = TASKS[task].budget if alone is None else steps(alone)
     for run in runs:
-        known = results.find(run)
+        known = results.find_first(run)
         if known is None:
             return with_scales(results, replace(run, budget=allowed))
         allowed = min(allowed, CUT_OFF * steps(known))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import quick
 from benchmarks.figure import draw
+from benchmarks.methods import GAPAWARE
 from benchmarks.plan import stages
 from benchmarks.report import figures, markdown
 from benchmarks.runs import METHODS, Results, run_all
@@ -52,7 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=KEPT_RUNS,
         help=f"file of finished runs, read and added to (default {KEPT_RUNS})",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--fresh",
+        action="store_true",
+        help="after a change to GapAware: forget its runs, and those that replay its factors",
+    )
+    source.add_argument(
         "--from-results",
         type=Path,
         nargs="?",
@@ -62,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     results = Results(options.from_results or options.results)
+    if options.fresh:
+        for method in METHODS.values():
+            if method is GAPAWARE or method.replays:
+                results.forget(method.name)
     tasks, methods = options.task or list(TASKS), options.method or list(METHODS)
     missing = 0
     for stage, runs in stages(results, tasks, methods, options.seeds):

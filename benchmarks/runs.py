@@ -145,12 +145,17 @@ class Results:
             except json.JSONDecodeError:
                 continue  # the line that was being written when the run before was stopped
         self._torn = not text.endswith("\n") and text != ""
-        self._by_key = {key_of(row): row for row in self.rows}
+        self._index()
+
+    def _index(self) -> None:
+        self._last = {key_of(row): row for row in self.rows}
+        self._first = {key_of(row): row for row in reversed(self.rows)}
 
     def add(self, row: Row) -> None:
         """Keep a finished run."""
         self.rows.append(row)
-        self._by_key[key_of(row)] = row
+        self._last[key_of(row)] = row
+        self._first.setdefault(key_of(row), row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write("\n" * self._torn + json.dumps(row) + "\n")
@@ -159,7 +164,7 @@ class Results:
     def forget(self, method: str) -> None:
         """Drop the runs of a method, after a change to it."""
         self.rows = [row for row in self.rows if row["method"] != method]
-        self._by_key = {key_of(row): row for row in self.rows}
+        self._index()
         if self.path.exists():
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -169,11 +174,15 @@ class Results:
 
     def of(self, runs: Iterable[Run]) -> list[Row]:
         """What came of those of `runs` that are there, in their order."""
-        return [self._by_key[run.key] for run in runs if _answers(self.find(run), run)]
+        return [self._last[run.key] for run in runs if _answers(self.find(run), run)]
 
     def find(self, run: Run) -> Row | None:
         """What came of a run, even if it was cut off."""
-        return self._by_key.get(run.key)
+        return self._last.get(run.key)
+
+    def find_first(self, run: Run) -> Row | None:
+        """What came of it the first time, as in a sweep, whatever was allowed later."""
+        return self._first.get(run.key)
 
 
 def run_all(runs: Sequence[Run], results: Results, jobs: int, doing: str = "") -> None:

@@ -61,7 +61,10 @@ class Comparison:
 
     @property
     def p(self) -> float:
-        """One-sided paired t-test on log steps: GapAware takes fewer. NaN with fewer than two pairs."""
+        """One-sided paired t-test on log steps: GapAware takes fewer.
+
+        NaN with fewer than two pairs, or where all differ by the same.
+        """
         if len(self.pairs) < 2:
             return math.nan
         rival, ours = (
@@ -69,7 +72,7 @@ class Comparison:
         )
         differences = {a - b for a, b in zip(rival, ours, strict=True)}
         if len(differences) == 1:  # the test divides by their spread
-            return 0.0 if differences.pop() > 0 else 1.0
+            return math.nan
         return float(ttest_rel(rival, ours, alternative="greater").pvalue)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapaware.distributed import is_dtensor
+from gapaware.lr import is_remote
 from gapaware.scaling import NEUTRAL, Scales
 
 Groups = Sequence[dict[str, Any]]
@@ -50,7 +51,7 @@ class Anchor:
     def restart(self) -> None:
         """Forget the starting weights: those at the next step will be the start."""
         self._weights: dict[Place, Tensor] = {}
-        self._highest_lr: dict[int, float] = {}
+        self._highest_lr: dict[int, float | Tensor] = {}
         self._groups = 0
 
     def check(self, groups: Groups) -> None:
@@ -108,28 +109,37 @@ class Anchor:
             by_parameter: scales by `id(parameter)`, which then decide instead.
         """
         shares = [self._share_of_peak(number, group) for number, group in enumerate(groups)]
-        alike: dict[tuple[float, Any, Any], tuple[list[Tensor], list[Tensor]]] = {}
+        alike: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
         for place, parameter in _anchored(groups):
             number = place[0]
-            scales = by_group[number]
+            pull = by_group[number].pull
             if by_parameter is not None:
-                scales = by_parameter.get(id(parameter), NEUTRAL)
-            rate = min(scales.pull * shares[number], 1.0)
-            weights = self._weights.get(place)
-            if weights is None or rate == 0.0:
+                pull = by_parameter.get(id(parameter), NEUTRAL).pull
+            weights, share = self._weights.get(place), shares[number]
+            if weights is None or pull == 0.0:
                 continue
             here = _local(parameter)
-            to, start = alike.setdefault((rate, here.device, here.dtype), ([], []))
+            # a tensor on a GPU cannot be told from another: its group stands for it
+            rate = (pull, number) if isinstance(share, Tensor) else pull * share
+            key = (rate, here.device, here.dtype)
+            _, to, start = alike.setdefault(key, (pull * share, [], []))
             to.append(here)
             start.append(_local(weights).to(here.device, here.dtype, non_blocking=True))
-        for (rate, _, _), (to, start) in alike.items():
-            torch._foreach_lerp_(to, start, rate)
+        for (_, device, dtype), (rho, to, start) in alike.items():
+            if isinstance(rho, Tensor):
+                # given as one weight it would be read on the host
+                torch._foreach_lerp_(to, start, [rho.to(device, dtype)] * len(to))
+            elif rho > 0:
+                torch._foreach_lerp_(to, start, rho)
 
-    def _share_of_peak(self, number: int, group: dict[str, Any]) -> float:
-        lr = float(group["lr"])
-        highest = max(lr, self._highest_lr.get(number, 0.0))
-        self._highest_lr[number] = highest
-        return lr / highest if highest > 0 else 0.0
+    def _share_of_peak(self, number: int, group: dict[str, Any]) -> float | Tensor:
+        lr, before = group["lr"], self._highest_lr.get(number, 0.0)
+        if is_remote(lr):
+            lr = lr.detach().double().reshape(())
+            highest = self._highest_lr[number] = lr.clamp(min=before)
+            return (lr / highest).nan_to_num()  # 0/0 before a warm-up has begun
+        peak = self._highest_lr[number] = max(float(lr), float(before))
+        return float(lr) / peak if peak > 0 else 0.0
 
     def _given(self, groups: Groups, place: Place) -> Tensor | None:
         assert not isinstance(self._source, str)
@@ -145,7 +155,7 @@ class Anchor:
         """The starting weights and the peaks of the schedule, as tensors, numbers and strings."""
         return {
             "weights": {f"{group}.{index}": w for (group, index), w in self._weights.items()},
-            "highest_lr": {str(number): lr for number, lr in self._highest_lr.items()},
+            "highest_lr": {str(number): float(lr) for number, lr in self._highest_lr.items()},
             "groups": self._groups,
         }
 
@@ -163,7 +173,9 @@ class Anchor:
             if parameter is None or parameter.shape != saved.shape:
                 raise ValueError(f"the anchor has a weight {key} that fits no parameter")
             weights[group, index] = self._kept(_like(saved.to(parameter.device), parameter))
-        peaks = {int(number): float(lr) for number, lr in state["highest_lr"].items()}
+        peaks: dict[int, float | Tensor] = {
+            int(number): float(lr) for number, lr in state["highest_lr"].items()
+        }
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
 
 

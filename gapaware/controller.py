@@ -45,6 +45,8 @@ class Observation:
         scales: factor that was on it during each update.
         spans: optimizer steps in each update.
         lr: learning rate that the schedule gives now, before scaling; of several groups, the largest.
+        peak_lr: largest of `lrs`; or, where training was under way before the first step that was seen, the
+            `initial_lr` that torch's schedulers note down, if that is larger.
         scale: factor that is on it now.
         pull: share of the way back to the starting weights that follows each step now.
         interval: steps between snapshots now.
@@ -67,6 +69,7 @@ class Observation:
     scales: Array
     spans: Array
     lr: float
+    peak_lr: float
     scale: float
     pull: float
     interval: int

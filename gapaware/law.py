@@ -19,6 +19,9 @@ GROWTH = 1.03
 SHRINKAGE = 0.98
 LEAST_DRIFT = 0.2
 ANNEALED = 0.5
+STRONG = 0.3
+SETBACK = 0.5
+RECOVERY = 1.003
 
 # retain_law
 RETAIN_TARGET = 0.25
@@ -38,9 +41,13 @@ def drift_law(observation: Observation) -> Decision:
 
     and stays f until the window is full, and once the schedule has come down below half of its peak (it
     cools down on purpose). It does not grow while the schedule warms up (it goes slowly on purpose).
+
+    Where a drift above 0.3 has led f > 1 into noise, c − s < 0, the motion was a descent that f has made
+    unstable: f halves and stays below that ceiling, which rises by 0.3 % a step.
     """
+    warms_up = bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
-    memory = {"highest_lr": highest}
+    memory = {**observation.memory, "highest_lr": highest}
 
     def decide(factor: float, why: str) -> Decision:
         return Decision(observation.scale * factor, why, memory=memory)
@@ -57,14 +64,33 @@ def drift_law(observation: Observation) -> Decision:
         )
     a = adiabaticity(gram)
     figures = f"drift {seen.mean:.2f} ± {seen.doubt:.2f}, a per lr {a:.2g}"
-    if observation.lrs[-1] < ANNEALED * highest:
+    # a warm-up has its peak before it
+    peak = highest if warms_up else max(highest, observation.peak_lr)
+    if observation.lrs[-1] < ANNEALED * peak:
         return decide(1.0, f"{figures}: the schedule cools down, hold")
     factor, why = _by_drift(seen, observation.target, float(observation.spans[-1]))
-    if factor > 1 and observation.lrs[-1] > 1.0001 * observation.lrs[0]:
+    if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
     elif factor > 1 and a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
-    return decide(factor, f"{figures}: {why}")
+    ceiling, strongest = _ceiling(observation, seen)
+    if strongest == 0.0 < float(observation.memory.get("strongest_drift", 0.0)):
+        why = "drift lost in noise, back to half"
+    memory |= {"ceiling": ceiling, "strongest_drift": strongest}
+    return decide(min(factor, ceiling / observation.scale), f"{figures}: {why}")
+
+
+def _ceiling(observation: Observation, seen: Drift) -> tuple[float, float]:
+    """Largest factor for now, and the strongest drift under a factor since the last setback."""
+    scale = observation.scale
+    ceiling = float(observation.memory.get("ceiling", observation.max_scale))
+    strongest = float(observation.memory.get("strongest_drift", 0.0))
+    if scale > 1:
+        strongest = max(strongest, seen.mean)
+        if seen.mean < seen.doubt and strongest > STRONG:
+            return max(1.0, SETBACK * scale), 0.0
+    recovered = ceiling * RECOVERY ** float(observation.spans[-1])
+    return min(recovered, observation.max_scale), strongest
 
 
 def _by_drift(seen: Drift, target: float, span: float) -> tuple[float, str]:

@@ -4,7 +4,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from os import PathLike
 from typing import Any
 
@@ -12,31 +11,25 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from gapaware import arguments, layout
+from gapaware import layout
 from gapaware.anchor import Anchor
 from gapaware.controller import Controller
-from gapaware.delegation import Delegating, all_or_nothing, is_number
+from gapaware.delegation import is_number
 from gapaware.distributed import Unsupported, alone, is_first, sharing
 from gapaware.history import History
-from gapaware.law import drift_law
-from gapaware.modes import MODES
-from gapaware.momentum import interval_for, memory_steps
-from gapaware.observer import NotFinite, Observer, Sighting
+from gapaware.lr import first_lr, is_remote
+from gapaware.momentum import memory_steps
+from gapaware.observer import NotFinite, Observer
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.scaling import Scales, scaled
-from gapaware.sketch import CHUNK
-from gapaware.spectrum import MIN_UPDATES
+from gapaware.settings import settle
+from gapaware.state import Resumable, arrived
 from gapaware.steering import ControllerFault, Steering
 from gapaware.transfer import Transfer
 
-STATE_VERSION = 1
 
-# a controller of the user's is not held to what the built-in laws may do
-MIN_SCALE_OF_A_CONTROLLER = 1e-3
-
-
-class GapAware(Delegating):
+class GapAware(Resumable):
     """Wrap an optimizer: watch the spectrum of its updates and scale its learning rate.
 
     Every `interval` steps the parameters are sketched; the last `window` differences between sketches
@@ -126,98 +119,47 @@ class GapAware(Delegating):
         if isinstance(base, GapAware):
             raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
         refuse_base(base, granularity)
-        arguments.choice("mode", mode, tuple(MODES))
-        arguments.choice("granularity", granularity, layout.GRANULARITIES)
-        defaults = MODES[mode]
-        window = arguments.integer(
-            "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
+        settled = settle(
+            base.param_groups,
+            mode=mode,
+            window=window,
+            interval=interval,
+            sketch_dim=sketch_dim,
+            target=target,
+            max_scale=max_scale,
+            min_scale=min_scale,
+            granularity=granularity,
+            anchor=anchor,
+            controller=controller,
+            history_size=history_size,
+            seed=seed,
         )
-        memory = memory_steps(base.param_groups)
-        if isinstance(interval, str):
-            arguments.choice("interval", interval, ("auto",))
-            first_interval = interval_for(memory)
-        else:
-            first_interval = arguments.integer(
-                "interval", interval, low=1, why="optimizer steps between snapshots"
-            )
-            if (
-                controller is None
-                and defaults.law is drift_law
-                and (window - 1) * interval < memory
-            ):
-                warnings.warn(
-                    f"interval={interval} with window={window}: the window is shorter than the {memory} "
-                    "steps that momentum remembers, so the built-in law will never act; pass "
-                    f'interval="auto" or at least {-(-memory // (window - 1))}',
-                    stacklevel=2,
-                )
-        if sketch_dim is not None:
-            arguments.integer(
-                "sketch_dim",
-                sketch_dim,
-                low=64,
-                high=CHUNK,
-                why="length of the sketch (None for exact updates)",
-            )
-        target = defaults.target if target is None else target
-        target = arguments.positive("target", target, why="what the built-in law steers to")
-        high = arguments.positive(
-            "max_scale",
-            defaults.max_scale if max_scale is None else max_scale,
-            low=1.0,
-            high=float("inf") if defaults.max_scale > 1.0 else 1.0,
-            why=f'the largest factor on the learning rate with mode="{mode}"',
-        )
-        low = arguments.positive(
-            "min_scale",
-            (1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER)
-            if min_scale is None
-            else min_scale,
-            high=1.0,
-            why="the smallest factor on the learning rate",
-        )
-        arguments.integer("history_size", history_size, low=1, why="records kept in memory")
-        arguments.integer("seed", seed, low=0, why="seed of the sketch")
-        if controller is not None and not callable(controller):
-            raise TypeError(
-                f"controller={controller!r}: not callable; pass a function of an Observation"
-            )
-        if controller is not None and mode == "observe":
-            raise ValueError(
-                'mode="observe": touches nothing, so the controller would never be asked; pass another mode'
-            )
-        if isinstance(anchor, str):
-            arguments.choice("anchor", anchor, ("init",))
-        if anchor is None and defaults.first_pull and controller is None:
-            anchor = "init"
-        if anchor is not None and not defaults.first_pull and controller is None:
-            raise ValueError(
-                f'anchor: mode="{mode}" pulls to nothing; pass mode="retain" or leave the anchor out'
-            )
-        self._anchor = None if anchor is None else Anchor(anchor, anchor_device, anchor_dtype)
-        if self._anchor is not None:
+        self._anchor = None
+        if settled.anchor is not None:
+            self._anchor = Anchor(settled.anchor, anchor_device, anchor_dtype)
             self._anchor.check(base.param_groups)
 
         self.base = base
         self._interval_is_auto = interval == "auto"
-        self._interval = self._first_interval = first_interval
+        self._interval = self._first_interval = settled.interval
         self._steps = 0
         self._fresh = True
+        self._midway = False
         self._next_snapshot = self._interval
         replicas = () if process_group is None else tuple(get_process_group_ranks(process_group))
-        self._observer = Observer(window, sketch_dim, granularity, seed, replicas)
+        self._observer = Observer(settled.window, sketch_dim, granularity, seed, replicas)
         self._steering = Steering(
-            None if mode == "observe" else controller or defaults.law,
-            low=low,
-            high=high,
-            start=Scales(pull=defaults.first_pull if controller is None else 0.0),
-            target=target,
-            window=window,
+            settled.controller,
+            low=settled.min_scale,
+            high=settled.max_scale,
+            start=Scales(pull=settled.pull),
+            target=settled.target,
+            window=settled.window,
             together=granularity == "global",
         )
-        self._pending: tuple[Sighting, dict[str, Any]] | None = None
-        self._entrusted: dict[str, Any] | None = None
-        self._metrics: dict[str, float | Transfer] = {}
+        self._pending = None
+        self._entrusted = None
+        self._metrics = {}
         self._warned: set[str] = set()
         self._started = time.time()
         self.seconds = 0.0
@@ -228,9 +170,9 @@ class GapAware(Delegating):
                 "base": type(base).__name__,
                 "mode": mode,
                 "interval": interval,
-                "target": target,
-                "min_scale": low,
-                "max_scale": high,
+                "target": settled.target,
+                "min_scale": settled.min_scale,
+                "max_scale": settled.max_scale,
                 **self._observer.settings,
             },
         )
@@ -263,6 +205,8 @@ class GapAware(Delegating):
             if self._anchor is not None:
                 self._anchor.start(self.base.param_groups)
             if self._fresh:
+                if self._steps == 0:
+                    self._midway = bool(self.base.state)
                 self._fresh = False
                 self._observer.start(self.base)
             return self._factors()
@@ -275,11 +219,12 @@ class GapAware(Delegating):
         """
         groups = self.base.param_groups
         for group in groups:
-            lr = group["lr"]
-            if (isinstance(lr, Tensor) and lr.is_cuda) or lr != 0:
+            if is_remote(group["lr"]) or group["lr"] != 0:
                 return False
         if self.base.state:
             return False
+        # only their values tell DCP's gradients from those of a warm-up from zero: to read them waits for
+        # the GPU, once in most runs that warm up and never while anything moves
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         return not any(bool((g != 0).any()) for g in dense)
@@ -341,20 +286,26 @@ class GapAware(Delegating):
             self._metrics = {}
 
     def _is_idle(self) -> bool:
-        return all(float(group["lr"]) == 0.0 for group in self.base.param_groups)
+        """Whether nothing can move; a learning rate that the host would have to wait for may be any."""
+        lrs = [group["lr"] for group in self.base.param_groups]
+        return not any(is_remote(lr) or float(lr) != 0.0 for lr in lrs)
 
     def _decide(self) -> None:
         if self._pending is None:
             return
         (sighting, waiting), self._pending = self._pending, None
-        metrics = _arrived(waiting)
-        groups = self.base.param_groups
+        metrics = arrived(waiting)
+        groups = [self.base.param_groups[number] for number in self._observer.row_groups]
+        # where the host would have to wait for today's, the last one that has arrived
+        last = sighting.conditions[-1].lrs
+        lrs = [last[row] if is_remote(g["lr"]) else float(g["lr"]) for row, g in enumerate(groups)]
         interval = self._interval
         outcome = self._steering.decide(
             sighting,
-            lrs=[float(groups[g]["lr"]) for g in self._observer.row_groups],
+            lrs=lrs,
+            first_lrs=[first_lr(group) if self._midway else 0.0 for group in groups],
             interval=interval,
-            momentum_memory=memory_steps(groups),
+            momentum_memory=memory_steps(self.base.param_groups),
             # of several processes each sees a loss of its own, and all have to decide alike
             loss=metrics.get("loss") if alone() else None,
         )
@@ -493,135 +444,3 @@ class GapAware(Delegating):
         if name.startswith("_") or "base" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base, name)
-
-    def _save(self) -> dict[str, Any]:
-        pending = None
-        if self._pending is not None:
-            sighting, metrics = self._pending
-            pending = sighting.state_dict()
-            pending["metrics"] = _arrived(metrics)
-        return {
-            **self.base.state_dict(),
-            "gapaware": {
-                "version": STATE_VERSION,
-                "steps": self._steps,
-                "interval": self._interval,
-                "next_snapshot": self._next_snapshot,
-                "seconds": self.seconds,
-                "observer": self._observer.state_dict(),
-                "steering": self._steering.state_dict(),
-                "anchor": None if self._anchor is None else self._anchor.state_dict(),
-                "history": self.history.state_dict(),
-                "metrics": _arrived(self._metrics),
-                "pending": pending,
-            },
-        }
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        theirs = {key: value for key, value in state_dict.items() if key != "gapaware"}
-        ours = state_dict.get("gapaware", self._entrusted)
-        # built aside first, so that a damaged state changes nothing
-        restored = None if ours is None else self._restored(ours)
-        with all_or_nothing(self.base):
-            self.base.load_state_dict(theirs)
-        self.history.close()
-        if restored is not None:
-            self.__dict__.update(restored)
-        else:
-            self._observer.restart()
-            self._steering.restart()
-            if self._anchor is not None:
-                self._anchor.restart()
-            self._pending, self._metrics = None, {}
-            self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
-            # another run, whose steps begin at 0; a log of this one is left whole
-            self.history = self.history.fresh()
-
-    def starting_weights(self) -> dict[str, Tensor]:
-        """What mode="retain" pulls to, by parameter group and place, as in `state_dict()["gapaware"]`.
-
-        Before the first step these are the weights now: tensors of the right kind for a distributed
-        checkpoint to be loaded into.
-        """
-        if self._anchor is None:
-            return {}
-        anchor = copy(self._anchor)
-        if self._fresh:
-            anchor.restart()
-            anchor.start(self.base.param_groups)
-        weights: dict[str, Tensor] = anchor.state_dict()["weights"]
-        return weights
-
-    def load_own_state(self, own: dict[str, Any]) -> None:
-        """Restore `state_dict()["gapaware"]` alone, for checkpoints that keep it apart.
-
-        It outlasts a `load_state_dict` without it that comes before the next step, whichever of the two
-        a checkpoint restores first. See `gapaware.checkpoint.OwnState`.
-
-        Raises:
-            ValueError: the state cannot be read; nothing was changed.
-        """
-        self.__dict__.update(self._restored(own))
-        self._entrusted = own
-
-    def _restored(self, ours: dict[str, Any]) -> dict[str, Any]:
-        """The attributes that a saved state describes."""
-        try:
-            version = ours["version"]
-            if version > STATE_VERSION:
-                raise ValueError(f"version {version}, this gapaware reads up to {STATE_VERSION}")
-            counts = {
-                name: arguments.integer(name, ours[name], low=low, why="a number of steps")
-                for name, low in (("steps", 0), ("interval", 1), ("next_snapshot", 0))
-            }
-            settings = self._observer.settings
-            observer = Observer(**settings, replicas=self._observer.replicas)
-            steering = copy(self._steering)
-            history = copy(self.history)
-            pending, anchor = None, copy(self._anchor)
-            if anchor is not None and ours.get("anchor") is not None:
-                anchor.load_state_dict(ours["anchor"], self.base.param_groups)
-            steering.load_state_dict(ours["steering"])
-            history.load_state_dict(ours["history"])
-            same_settings = ours["observer"]["settings"] == settings
-            if same_settings:
-                observer.load_state_dict(ours["observer"])
-                if ours["pending"] is not None:
-                    metrics = {str(k): float(v) for k, v in ours["pending"]["metrics"].items()}
-                    pending = (Sighting.from_state_dict(ours["pending"]), metrics)
-                groups = len(self.base.param_groups)
-                if not all(0 <= group < groups for group in observer.row_groups):
-                    raise ValueError(f"rows of parameter groups {observer.row_groups}, of {groups}")
-            else:
-                warnings.warn(
-                    f"the state was saved with {ours['observer']['settings']}, this GapAware has "
-                    f"{settings}: factors are kept, the window starts empty",
-                    stacklevel=6,
-                )
-            return {
-                "_observer": observer,
-                "_steering": steering,
-                "_anchor": anchor,
-                "history": history,
-                "_metrics": {str(k): float(v) for k, v in ours["metrics"].items()},
-                "_pending": pending,
-                "_steps": counts["steps"],
-                "_fresh": counts["steps"] == 0 or not same_settings,
-                "_interval": counts["interval"] if self._interval_is_auto else self._interval,
-                "_next_snapshot": counts["next_snapshot"],
-                "seconds": float(ours["seconds"]),
-            }
-        # int(inf), a Gram matrix of text: damaged states raise as many kinds as there are
-        except Exception as error:
-            raise ValueError(
-                f"state_dict['gapaware'] cannot be read ({type(error).__name__}: {error}); nothing was "
-                "changed. Remove the key 'gapaware' to load the wrapped optimizer's state alone"
-            ) from error
-
-
-def _arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:
-    """Logged values as numbers; waits for those that are still on a device."""
-    return {
-        name: float(value.result()) if isinstance(value, Transfer) else value
-        for name, value in metrics.items()
-    }

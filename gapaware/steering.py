@@ -96,6 +96,7 @@ class Steering:
         sighting: Sighting,
         *,
         lrs: Sequence[float],
+        first_lrs: Sequence[float],
         interval: int,
         momentum_memory: int,
         loss: float | None,
@@ -105,6 +106,7 @@ class Steering:
         Args:
             sighting: from the observer.
             lrs: learning rate of each row now, before scaling.
+            first_lrs: where its schedule began, if that was before the first step seen; 0 otherwise.
             interval: steps between snapshots now.
             momentum_memory: see `momentum.memory_steps`.
             loss: the last one seen.
@@ -114,7 +116,7 @@ class Steering:
             ControllerFault: the controller raised, or its answer makes no sense.
         """
         gram = sighting.gram.result().numpy()
-        now = _Now(lrs, interval, momentum_memory, loss)
+        now = _Now(lrs, first_lrs, interval, momentum_memory, loss)
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
         if whole is None:
             return Outcome(None, "hold", "too few updates yet", None)
@@ -161,6 +163,8 @@ class Steering:
         decay = chosen[DECAY, DECAY] if separable else None
         cross = chosen[UPDATE, DECAY] if separable else None
         lr = max(now.lrs[row] for row in rows)
+        lrs = np.array([max(c.lrs[row] for row in rows) for c in sighting.conditions])
+        peak = max(float(lrs.max()), max(now.first_lrs[row] for row in rows))
         scale, pull = self.scales(name).lr, self.scales(name).pull
         seen = spectrum(
             chosen[UPDATE, UPDATE],
@@ -178,10 +182,11 @@ class Steering:
             gram=chosen[UPDATE, UPDATE],
             decay_gram=decay,
             decay_cross=cross,
-            lrs=np.array([max(c.lrs[row] for row in rows) for c in sighting.conditions]),
+            lrs=lrs,
             scales=np.array([c.scales[rows[0]] for c in sighting.conditions]),
             spans=np.array([c.span for c in sighting.conditions], dtype=np.float64),
             lr=lr,
+            peak_lr=peak,
             scale=scale,
             pull=pull,
             interval=now.interval,
@@ -222,6 +227,7 @@ class Steering:
 @dataclass(frozen=True)
 class _Now:
     lrs: Sequence[float]
+    first_lrs: Sequence[float]
     interval: int
     momentum_memory: int
     loss: float | None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gradients import assert_equal, assert_same_run, base_state, parameters, quadratic, run
 from models import batch, mlp, same_parameters, train
+from test_cuda import Reads, arrived  # noqa: F401
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -595,6 +596,137 @@ def test_warmup_from_zero_counts_its_first_step():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(n / 5, 1.0))
     train(model, optimizer, 20, scheduler)
     assert optimizer.state_dict()["gapaware"]["steps"] == 20
+
+
+# -- learning rates that are tensors ---------------------------------------------------------------------
+
+
+class SaidToBeOnAGpu(torch.Tensor):
+    """So is all that is computed from it."""
+
+    is_cuda = True
+
+
+class Plain(Optimizer):
+    """Reads no value of a tensor, as fused and capturable optimizers do not."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+def on_the_cpu(lr):
+    return torch.tensor(lr)
+
+
+def on_a_gpu(lr):
+    return torch.tensor(lr).as_subclass(SaidToBeOnAGpu)
+
+
+@pytest.mark.parametrize("granularity", ["global", "group", "block"])
+@pytest.mark.parametrize("mode", ["escape", "retain"])
+def test_a_tensor_as_learning_rate_is_as_a_number(mode, granularity, arrived):  # noqa: F811
+    """Under a warm-up from zero and a decay, to zero again; and one on a GPU is never read."""
+    ends = []
+    for kind in (float, on_the_cpu, on_a_gpu):
+        model = mlp()
+        weights = [p for p in model.parameters() if p.ndim == 2]
+        biases = [p for p in model.parameters() if p.ndim == 1]
+        lr, arguments = 2e-4, {"mode": mode, "granularity": granularity, "window": 4}
+        groups = [{"params": weights}, {"params": biases, "lr": kind(2 * lr)}]
+        optimizer = wrap(Plain(groups, lr=kind(lr)), **arguments)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(n / 4, 1.0, max(80 - n, 0) / 40)
+        )
+        arrived.clear()  # of addresses that have another tensor by now
+        reads = Reads(arrived)
+        x, y = batch(0)
+        for _ in range(90):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            with reads:
+                optimizer.step()
+            schedule.step()
+        assert "fault" not in optimizer.history.column("decision")
+        if kind is on_a_gpu:
+            assert reads.found == []
+        ends.append((optimizer, torch.cat([p.detach().reshape(-1) for p in model.parameters()])))
+    assert (max(ends[0][0].scales) > 1) == (mode == "escape")
+    for optimizer, end in ends[1:]:
+        assert optimizer.scales == pytest.approx(ends[0][0].scales, rel=1e-3)
+        assert torch.allclose(end, ends[0][1], atol=1e-5)
+
+
+def test_the_peak_of_a_learning_rate_on_a_gpu_is_saved_as_a_number():
+    model = mlp()
+    optimizer = wrap(Plain(model.parameters(), lr=on_a_gpu(0.5)), mode="retain")
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"].fill_(0.25)
+    train(model, optimizer, 10)
+    own = optimizer.state_dict()["gapaware"]
+    assert own["anchor"]["highest_lr"] == {"0": 0.5}
+    assert type(own["anchor"]["highest_lr"]["0"]) is float
+    optimizer.load_own_state(own)
+    train(model, optimizer, 10)
+    assert optimizer.state_dict()["gapaware"]["anchor"]["highest_lr"] == {"0": 0.5}
+    assert "fault" not in optimizer.history.column("decision")
+
+
+# -- a schedule that was under way ----------------------------------------------------------------------
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+
+
+def trained_in_the_cool_down(keep):
+    """From step 280 of 400 of a cosine schedule on, resumed from what `keep` leaves of a state."""
+    runs = []
+    for steps in (range(280), range(280, 380)):
+        model = mlp()
+        optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-5), mode="escape", window=16)
+        scheduler = cosine(optimizer)
+        if runs:
+            before, saved, schedule = runs[0]
+            model.load_state_dict(before.state_dict())
+            optimizer.load_state_dict(keep(copy.deepcopy(saved.state_dict())))
+            scheduler.load_state_dict(schedule.state_dict())
+        train(model, optimizer, steps, scheduler)
+        runs.append((model, optimizer, scheduler))
+    return runs[1][1]
+
+
+def test_a_plain_checkpoint_in_the_cool_down_is_not_sped_up():
+    def plain(state):
+        return {key: value for key, value in state.items() if key != "gapaware"}
+
+    def without_first_lr(state):
+        for group in state["param_groups"]:
+            del group["initial_lr"]
+        return plain(state)
+
+    optimizer = trained_in_the_cool_down(plain)
+    assert optimizer.scales == [1.0]
+    assert "cools down" in optimizer.history[-1]["why"]
+    assert optimizer.state_dict()["gapaware"]["midway"]
+    # otherwise a test of a law that would have held anyway
+    assert trained_in_the_cool_down(without_first_lr).scales[0] > 1
+
+
+def test_where_every_step_was_seen_a_first_learning_rate_far_above_all_does_not_count():
+    """A base lr of 1 times a schedule of learning rates, as many write it."""
+    model = mlp()
+    optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1.0), mode="escape", window=16)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1e-5)
+    train(model, optimizer, 200, scheduler)
+    assert optimizer.param_groups[0]["initial_lr"] == 1.0
+    assert optimizer.scales[0] > 1
+    assert not optimizer.state_dict()["gapaware"]["midway"]
 
 
 # -- compiled, averaged ---------------------------------------------------------------------------------

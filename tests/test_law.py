@@ -5,7 +5,15 @@ import pytest
 
 from gapaware import Observation, reference
 from gapaware.drift import drift, per_learning_rate
-from gapaware.law import DRIFT_TARGET, FIRST_PULL, GROWTH, RETAIN_TARGET, drift_law, retain_law
+from gapaware.law import (
+    DRIFT_TARGET,
+    FIRST_PULL,
+    GROWTH,
+    RECOVERY,
+    RETAIN_TARGET,
+    drift_law,
+    retain_law,
+)
 from gapaware.spectrum import adiabaticity, spectrum
 
 W, P, SPAN = 10, 3000, 5.0
@@ -26,6 +34,7 @@ def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, *
         "scales": np.full(n, scale),
         "spans": np.full(n, SPAN),
         "lr": float(lrs[-1]),
+        "peak_lr": float(lrs.max()),
         "scale": scale,
         "pull": 0.0,
         "interval": int(SPAN),
@@ -122,6 +131,21 @@ def test_cooling_down_holds_whatever_is_seen():
         assert decision.memory == {"highest_lr": 3e-3}
 
 
+def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
+    x = updates(2.0)
+    assert drift_law(observe(x)).scale > 1
+    assert drift_law(observe(x, peak_lr=1.9e-3)).scale > 1
+    decision = drift_law(observe(x, peak_lr=3e-3))
+    assert decision.scale == 1.0
+    assert "cools down" in decision.why
+    assert decision.memory == {"highest_lr": 1e-3}  # it may be one that the schedule never reaches
+
+    lrs = np.linspace(1e-5, 1e-4, W + 1)
+    warming = {"lrs": lrs, "peak_lr": 1e-3, "scale": 4.0}
+    assert "warms up" in drift_law(observe(x * lrs[:, None], **warming)).why
+    assert drift_law(observe(updates(0.0) * lrs[:, None], **warming)).scale < 4.0
+
+
 def test_a_turning_spectrum_vetoes_growth():
     # a weak common direction, seen clearly over many parameters, in updates whose size jumps
     x = updates(0.4) * np.where(np.arange(W + 1) % 2, 0.5, 1.5)[:, None]
@@ -138,6 +162,22 @@ def test_the_schedule_is_not_read_as_a_change_of_the_spectrum():
     scheduled = drift_law(observe(x * lrs[:, None], lrs=lrs))
     constant = drift_law(observe(x))
     assert scheduled.scale == pytest.approx(constant.scale)
+
+
+def test_a_strong_drift_lost_in_noise_halves_the_factor_and_caps_it():
+    strong = drift_law(observe(updates(2.0), scale=8.0))
+    assert strong.memory["strongest_drift"] > 0.3
+    lost = drift_law(observe(updates(0.0), scale=8.0, memory=strong.memory))
+    assert lost.scale == 4.0
+    assert "back to half" in lost.why
+    again = drift_law(observe(updates(2.0), scale=4.0, memory=lost.memory))
+    assert 4.0 < again.scale <= 4.0 * RECOVERY**SPAN
+    # a weak drift that is lost is noise, and shrinks the factor a little, as ever
+    weak = drift_law(observe(updates(0.0), scale=8.0, memory={"strongest_drift": 0.2}))
+    assert 6.5 < weak.scale < 8.0
+    # without a factor the run has done it itself
+    alone = drift_law(observe(updates(0.0), scale=1.0, memory={"strongest_drift": 0.9}))
+    assert alone.memory["ceiling"] == 64.0
 
 
 def test_retain_law_gives_way_adiabatically():

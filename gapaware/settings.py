@@ -1,0 +1,172 @@
+"""What a person asks of GapAware: checked, and completed with what goes with the mode."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gapaware import arguments, layout
+from gapaware.controller import Controller
+from gapaware.law import drift_law
+from gapaware.modes import MODES, Mode
+from gapaware.momentum import interval_for, memory_steps
+from gapaware.sketch import CHUNK
+from gapaware.spectrum import MIN_UPDATES
+
+# a controller of the user's is not held to what the built-in laws may do
+MIN_SCALE_OF_A_CONTROLLER = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `GapAware` that have a default of the mode's, or a rule of their own.
+
+    Attributes:
+        window: W.
+        interval: optimizer steps to the first snapshot.
+        controller: None to observe only.
+        target: what the built-in law steers to.
+        min_scale: smallest factor on the learning rate.
+        max_scale: largest factor.
+        pull: towards the starting weights, before there is anything to decide on.
+        anchor: what to pull to, or None.
+    """
+
+    window: int
+    interval: int
+    controller: Controller | None
+    target: float
+    min_scale: float
+    max_scale: float
+    pull: float
+    anchor: str | Mapping[str, Tensor] | None
+
+
+def settle(
+    param_groups: Sequence[dict[str, Any]],
+    *,
+    mode: str,
+    window: int,
+    interval: int | str,
+    sketch_dim: int | None,
+    target: float | None,
+    max_scale: float | None,
+    min_scale: float | None,
+    granularity: str,
+    anchor: str | Mapping[str, Tensor] | None,
+    controller: Controller | None,
+    history_size: int,
+    seed: int,
+) -> Settings:
+    """Check the arguments of `GapAware`, where all but `param_groups` are described.
+
+    `None` becomes the mode's default; `param_groups` are the wrapped optimizer's.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says what to pass.
+
+    Example:
+        >>> settled = settle([{"betas": (0.9, 0.999)}], mode="retain", window=10, interval="auto",
+        ...     sketch_dim=64, target=None, max_scale=None, min_scale=None, granularity="global",
+        ...     anchor=None, controller=None, history_size=1, seed=0)
+        >>> settled.interval, settled.max_scale, settled.anchor
+        (5, 1.0, 'init')
+    """
+    arguments.choice("mode", mode, tuple(MODES))
+    arguments.choice("granularity", granularity, layout.GRANULARITIES)
+    chosen = MODES[mode]
+    window = arguments.integer(
+        "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
+    )
+    steps = _interval(interval, memory_steps(param_groups))
+    if sketch_dim is not None:
+        arguments.integer(
+            "sketch_dim",
+            sketch_dim,
+            low=64,
+            high=CHUNK,
+            why="length of the sketch (None for exact updates)",
+        )
+    target = arguments.positive(
+        "target",
+        chosen.target if target is None else target,
+        why="what the built-in law steers to",
+    )
+    high = arguments.positive(
+        "max_scale",
+        chosen.max_scale if max_scale is None else max_scale,
+        low=1.0,
+        high=float("inf") if chosen.max_scale > 1.0 else 1.0,
+        why=f'the largest factor on the learning rate with mode="{mode}"',
+    )
+    lowest = 1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER
+    low = arguments.positive(
+        "min_scale",
+        lowest if min_scale is None else min_scale,
+        high=1.0,
+        why="the smallest factor on the learning rate",
+    )
+    arguments.integer("history_size", history_size, low=1, why="records kept in memory")
+    arguments.integer("seed", seed, low=0, why="seed of the sketch")
+    _check_controller(controller, mode)
+    if controller is None and chosen.law is drift_law and interval != "auto":
+        _warn_of_a_short_window(window, steps, memory_steps(param_groups))
+    return Settings(
+        window=window,
+        interval=steps,
+        controller=controller or chosen.law,
+        target=target,
+        min_scale=low,
+        max_scale=high,
+        pull=chosen.first_pull if controller is None else 0.0,
+        anchor=_anchor(anchor, mode, chosen, controller),
+    )
+
+
+def _interval(interval: int | str, memory: int) -> int:
+    if isinstance(interval, str):
+        arguments.choice("interval", interval, ("auto",))
+        return interval_for(memory)
+    return arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
+
+
+def _warn_of_a_short_window(window: int, interval: int, memory: int) -> None:
+    if (window - 1) * interval < memory:
+        warnings.warn(
+            f"interval={interval} with window={window}: the window is shorter than the {memory} "
+            "steps that momentum remembers, so the built-in law will never act; pass "
+            f'interval="auto" or at least {-(-memory // (window - 1))}',
+            stacklevel=4,
+        )
+
+
+def _check_controller(controller: Any, mode: str) -> None:
+    if controller is not None and not callable(controller):
+        raise TypeError(
+            f"controller={controller!r}: not callable; pass a function of an Observation"
+        )
+    if controller is not None and mode == "observe":
+        raise ValueError(
+            'mode="observe": touches nothing, so the controller would never be asked; pass another mode'
+        )
+
+
+def _anchor(
+    anchor: str | Mapping[str, Tensor] | None,
+    mode: str,
+    chosen: Mode,
+    controller: Controller | None,
+) -> str | Mapping[str, Tensor] | None:
+    if isinstance(anchor, str):
+        arguments.choice("anchor", anchor, ("init",))
+    if controller is not None:
+        return anchor
+    if anchor is None:
+        return "init" if chosen.first_pull else None
+    if not chosen.first_pull:
+        raise ValueError(
+            f'anchor: mode="{mode}" pulls to nothing; pass mode="retain" or leave the anchor out'
+        )
+    return anchor
