@@ -87,6 +87,8 @@ def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sha
         >>> sharing([torch.ones(3)]).ranks
         ()
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Sharing()
     meshes: dict[int, DeviceMesh] = {}
     sharded = False
     device_type = "cpu"
@@ -129,6 +131,10 @@ def local_pieces(parameter: Tensor, place: int) -> Iterator[tuple[Tensor, int]]:
         Unsupported: a placement is Partial or of an unknown kind.
     """
     tensor = parameter.detach()
+    plain = type(parameter) in (Tensor, torch.nn.Parameter) and not tensor.is_complex()
+    if plain and tensor.is_contiguous():
+        yield tensor.view(-1), place  # nearly every parameter, so without what the others need
+        return
     shape = list(tensor.shape)
     if is_dtensor(tensor):
         mesh = tensor.device_mesh

@@ -202,7 +202,9 @@ class Observer:
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
         self._last = self._snapshot(rows)
-        self._window = Window(self._size, len(rows), self._sketch.dim, self._last.device)
+        self._window = Window(
+            self._size, len(rows), self._sketch.dim, self._last.device, self._dtype()
+        )
         self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
 
     def account(self, optimizer: torch.optim.Optimizer, scales: Sequence[Scales]) -> None:
@@ -247,7 +249,7 @@ class Observer:
         last = send(self._last, now.device)
         self._window.to(now.device)
         rates = _column([0.0 if rate is None else rate for rate in self._rates])
-        self._window.push(now - last, last * -send(rates, now.device)[:, None])
+        self._window.push(now - last, now, send(rates, now.device))
         lrs = Transfer(_column(self._lr_sums) / max(self._span, 1))
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
@@ -261,6 +263,10 @@ class Observer:
             conditions=tuple(self._conditions),
             separable=separable,
         )
+
+    def _dtype(self) -> torch.dtype:
+        """Of the updates that are kept: rounding them to float32 is nothing beside a sketch's own error."""
+        return torch.float64 if self.settings["sketch_dim"] is None else torch.float32
 
     def _snapshot(self, rows: Sequence[layout.Row]) -> Tensor:
         """The sketches of all rows, (rows, dim), on the device of the first parameter."""
@@ -323,7 +329,7 @@ class Observer:
         if state["last"] is not None:
             self._last = state["last"].to(torch.float64).clone()
             self._sound = Transfer(self._last.isfinite().all())
-            self._window = Window.from_state_dict(state["window"], self._last.device)
+            self._window = Window.from_state_dict(state["window"], self._last, self._dtype())
             if self.settings["sketch_dim"] is None:
                 self._sketch = Identity(self._last.shape[1])
         self._check()
@@ -339,7 +345,7 @@ class Observer:
         else:
             dim = self.settings["sketch_dim"] or max((s for _, _, s in self._signature), default=0)
             fits = fits and self._last.shape == (rows, dim)
-            fits = fits and self._window.shape == (2, size, rows, dim)
+            fits = fits and self._window.shape == (size, rows, dim)
             fits = fits and len(self._conditions) == len(self._window)
         if not fits:
             raise ValueError("the parts of the observer's state do not fit together")

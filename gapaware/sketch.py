@@ -18,7 +18,7 @@ Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a b
 error stays below about 1e-6 of its value, whatever the size of the model.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 CHUNK = 131_071
 CHUNKS_PER_FLUSH = 64
+# elements of a tensor that is not worth an addition of its own
+SMALL = 16_384
 
 _SIGN_STREAM, _OFFSET_STREAM, _FLIP_STREAM, _BUCKET_STREAM = range(4)
 
@@ -136,24 +138,26 @@ class CountSketch:
         # taken away until the end: after an exception there would be remainders in the sums
         workspace = self._buffers.pop(device, None) or self._new_workspace(device)
         signs, bucket, low, high = workspace
-        reach, since_flush = 0, 0
-        for flat, place in pieces:
+        reach, depth, before = 0, 0, -1
+        for flat, place in _joined(pieces):
             chunk, start = divmod(place, CHUNK)
             for part in _split(flat, CHUNK - start):
+                if chunk != before:  # parts of one chunk go to different places
+                    if depth == CHUNKS_PER_FLUSH:
+                        high.narrow(0, 0, reach).add_(low.narrow(0, 0, reach))
+                        low.narrow(0, 0, reach).zero_()
+                        depth = 0
+                    before, depth = chunk, depth + 1
                 length = part.numel()
                 offset, flip = self._chunk(chunk)
                 # float64 parameters would lose what they are there for in a float32 sum
                 total = high if part.dtype == torch.float64 else low
-                total.narrow(0, start, length).addcmul_(
-                    part, signs.narrow(0, offset + start, length), value=flip
+                # as_strided, since narrow takes several times as long
+                total.as_strided((length,), (1,), start).addcmul_(
+                    part, signs.as_strided((length,), (1,), offset + start), value=flip
                 )
                 reach = max(reach, start + length)
                 chunk, start = chunk + 1, 0
-                since_flush += 1
-                if since_flush == CHUNKS_PER_FLUSH:
-                    high.narrow(0, 0, reach).add_(low.narrow(0, 0, reach))
-                    low.narrow(0, 0, reach).zero_()
-                    since_flush = 0
         total = high.narrow(0, 0, reach)
         total.add_(low.narrow(0, 0, reach))
         folded = self._fold(high, bucket, reach)
@@ -274,10 +278,34 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _split(flat: Tensor, first: int) -> Iterable[Tensor]:
-    if flat.numel() <= first:
+def _joined(pieces: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, int]]:
+    """The same vector with small neighbours copied together: one addition costs more than they do."""
+    run: list[Tensor] = []
+    first, end = 0, -1
+    for flat, place in pieces:
+        size = flat.numel()
+        fits = place == end and size <= SMALL and end - first < CHUNK
+        if run and not (fits and flat.dtype == run[0].dtype):
+            yield torch.cat(run) if len(run) > 1 else run[0], first
+            run = []
+        if size > SMALL:
+            yield flat, place
+            continue
+        if not run:
+            first = place
+        run.append(flat)
+        end = place + size
+    if run:
+        yield torch.cat(run) if len(run) > 1 else run[0], first
+
+
+def _split(flat: Tensor, first: int) -> Sequence[Tensor]:
+    """Cut a piece where chunks begin: after `first` elements, and after each CHUNK from there."""
+    rest = flat.numel() - first
+    if rest <= 0:
         return (flat,) if flat.numel() else ()
-    return (flat[:first], *flat[first:].split(CHUNK))
+    whole, left = divmod(rest, CHUNK)
+    return flat.split_with_sizes([first, *[CHUNK] * whole, *([left] if left else [])])
 
 
 def _gather_order(bucket: Tensor, dim: int) -> Tensor:

@@ -3,6 +3,9 @@
 W + 1 updates are kept although a spectrum needs W: the Gram matrix of W + 1 updates holds the Gram
 matrix of this window, that of the one before and the inner products between them, so ΔG and the stability
 coefficients need no second look at the updates.
+
+The part of an update that is weight decay is −ρ times the parameters before it, which are the parameters
+now less all updates since: its inner products follow from those of the updates and of the parameters now.
 """
 
 from typing import Any
@@ -16,31 +19,43 @@ UPDATE, DECAY = 0, 1
 
 
 class Window:
-    """A ring of the last `size` + 1 updates and of the part of each that is weight decay.
+    """A ring of the last `size` + 1 updates and of the rate of weight decay in each.
 
     Args:
         size: W, the number of updates in one spectrum.
         rows: number of rows of a sketch.
         dim: length of one row.
         device: where the sketches are.
+        dtype: of the updates in the ring; inner products are float64.
 
     Example:
         >>> window = Window(size=3, rows=1, dim=2, device=torch.device("cpu"))
+        >>> theta = torch.zeros(1, 2, dtype=torch.float64)
         >>> for step in (1.0, 2.0, 3.0):
         ...     update = torch.tensor([[step, 0.0]], dtype=torch.float64)
-        ...     window.push(update, decay=torch.zeros_like(update))
+        ...     theta = theta + update
+        ...     window.push(update, theta, rates=torch.zeros(1, dtype=torch.float64))
         >>> window.gram()[UPDATE, UPDATE, 0]
         tensor([[1., 2., 3.],
                 [2., 4., 6.],
                 [3., 6., 9.]], dtype=torch.float64)
     """
 
-    def __init__(self, size: int, rows: int, dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        size: int,
+        rows: int,
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         self.capacity = size + 1
         self.pushed = 0
-        self._ring = torch.zeros(2, self.capacity, rows, dim, dtype=torch.float64, device=device)
+        self._ring = torch.zeros(self.capacity, rows, dim, dtype=dtype, device=device)
+        self._rates = torch.zeros(self.capacity, rows, dtype=torch.float64, device=device)
+        # of the updates, and in the last row and column of the parameters now
         self._gram = torch.zeros(
-            2, 2, rows, self.capacity, self.capacity, dtype=torch.float64, device=device
+            rows, self.capacity + 1, self.capacity + 1, dtype=torch.float64, device=device
         )
 
     def __len__(self) -> int:
@@ -48,23 +63,26 @@ class Window:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(2, size + 1, rows, dim): updates and decay parts, the ring, the sketch."""
+        """(size + 1, rows, dim): the ring, the sketch."""
         return tuple(self._ring.shape)
 
-    def push(self, update: Tensor, decay: Tensor) -> None:
+    def push(self, update: Tensor, theta: Tensor, rates: Tensor) -> None:
         """Add the newest update and forget the oldest.
 
         Args:
             update: sketch of θ_t − θ_{t−1}, shape (rows, dim), float64.
-            decay: sketch of the part of it that is weight decay, same shape.
+            theta: sketch of θ_t, same shape.
+            rates: weight decay is −ρ·θ_{t−1} of the update: ρ of each row, (rows,), float64.
         """
         slot = self.pushed % self.capacity
-        newest = torch.stack((update, decay))
-        self._ring[:, slot] = newest
-        # one product of the ring with the newest pair is all that changes in the Gram matrix
-        products = torch.einsum("kwrd,lrd->klrw", self._ring, newest)
-        self._gram[..., slot] = products
-        self._gram[..., slot, :] = products.transpose(0, 1)
+        self._ring[slot] = update
+        self._rates[slot] = rates
+        # what changes in the Gram matrix; with the newest update as the ring has it
+        newest = torch.stack((self._ring[slot].to(theta), theta))
+        products = torch.einsum("wrd,krd->rkw", self._ring.to(theta), newest)
+        self._gram[:, slot, :-1] = self._gram[:, :-1, slot] = products[:, 0]
+        self._gram[:, -1, :-1] = self._gram[:, :-1, -1] = products[:, 1]
+        self._gram[:, -1, -1] = theta.square().sum(-1)
         self.pushed += 1
 
     def gram(self) -> Tensor:
@@ -74,29 +92,66 @@ class Window:
             float64, shape (2, 2, rows, n, n) with n = len(window) <= W + 1: the first two axes choose
             between UPDATE and DECAY for the two sides. A new tensor.
         """
-        if self.pushed <= self.capacity:
-            return self._gram[..., : self.pushed, : self.pushed].clone()
-        oldest = self.pushed % self.capacity
-        return self._gram.roll((-oldest, -oldest), dims=(-2, -1))
+        n = len(self)
+        order = torch.arange(self.pushed - n, self.pushed, device=self._gram.device) % self.capacity
+        chosen = torch.cat((order, order.new_full((1,), self.capacity)))
+        known = self._gram.index_select(1, chosen).index_select(2, chosen)
+        # updates and decay parts as sums of the n updates and the parameters now, (2, rows, n, n + 1)
+        ones = known.new_ones(n, n)
+        before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
+        decays = self._rates.index_select(0, order).mT[..., None] * before
+        updates = torch.eye(n, n + 1, dtype=known.dtype, device=known.device).expand_as(decays)
+        parts = torch.stack((updates, decays))
+        return (parts @ known)[:, None] @ parts.mT
 
     def to(self, device: torch.device) -> None:
         """Move the window to another device."""
         self._ring, self._gram = send(self._ring, device), send(self._gram, device)
+        self._rates = send(self._rates, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The window as tensors and numbers."""
-        return {"pushed": self.pushed, "ring": self._ring.clone(), "gram": self._gram.clone()}
+        return {
+            "pushed": self.pushed,
+            "ring": self._ring.clone(),
+            "rates": self._rates.clone(),
+            "gram": self._gram.clone(),
+        }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Window":
-        """The window that `state_dict` described, on `device`."""
+    def from_state_dict(
+        cls, state: dict[str, Any], theta: Tensor, dtype: torch.dtype = torch.float64
+    ) -> "Window":
+        """The window that `state_dict` described.
+
+        Args:
+            state: from `state_dict`.
+            theta: the last one pushed; the window goes to its device.
+            dtype: of the updates in the ring.
+        """
         ring = state["ring"]
-        if ring.ndim != 4 or ring.shape[0] != 2:
-            raise ValueError(f"a window's ring of shape {tuple(ring.shape)}")
-        window = cls(ring.shape[1] - 1, ring.shape[2], ring.shape[3], device)
+        decay_parts = "rates" not in state  # until 0.1.0 the ring had them
+        size, rows, dim = ring.shape[1:] if decay_parts else ring.shape
+        window = cls(size - 1, rows, dim, theta.device, dtype)
         window.pushed = int(state["pushed"])
-        if window.pushed < 0 or state["gram"].shape != window._gram.shape:  # copy_ would broadcast
-            raise ValueError(f"{window.pushed} updates, Gram matrix {tuple(state['gram'].shape)}")
+        if window.pushed < 0:
+            raise ValueError(f"{window.pushed} updates in a window")
+        if decay_parts:
+            window._replay(ring.to(theta), theta)
+            return window
+        for name in ("rates", "gram"):
+            if state[name].shape != getattr(window, f"_{name}").shape:  # copy_ would broadcast
+                raise ValueError(f"{name} of a window of shape {tuple(state[name].shape)}")
+            getattr(window, f"_{name}").copy_(state[name])
         window._ring.copy_(ring)
-        window._gram.copy_(state["gram"])
         return window
+
+    def _replay(self, ring: Tensor, theta: Tensor) -> None:
+        """Push what a ring of updates and their decay parts holds, (2, size + 1, rows, dim)."""
+        updates, decays = ring
+        n, end, place = len(self), self.pushed, theta - updates.sum(0)
+        for self.pushed in range(end - n, end):
+            update, decay = (part[self.pushed % self.capacity] for part in (updates, decays))
+            rates = -(decay * place).sum(-1) / place.square().sum(-1).clamp(min=1e-300)
+            place = place + update
+            self.push(update, theta, rates)

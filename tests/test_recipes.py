@@ -154,7 +154,13 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     command = f"--mode auto observe --seeds 0 1 --steps 12 --held-out 40 --output {output}"
     results = finetune_minilm.main([*command.split(), "--model", str(tiny_encoder)])
     printed = capsys.readouterr().out
-    methods = ["AdamW", "AdamW, lr / 10", "GapAware (auto)", "GapAware (observe)"]
+    methods = [
+        "AdamW",
+        "AdamW, consolidated",
+        "AdamW, lr / 10",
+        "GapAware (auto)",
+        "GapAware (observe)",
+    ]
     for text in (*methods, "in gapaware", "scores.png"):
         assert text in printed
     assert "GapAware (auto), seed 1: the factor stayed at 1 (too few updates yet)" in printed
@@ -165,7 +171,9 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
         (method, seed) for seed in (0, 1) for method in methods
     ]
 
-    alone, small, _, observed = results[:4]
+    alone, consolidated, small, _, observed = results[:5]
+    assert consolidated.old_before == alone.old_before
+    assert consolidated.scores == []
     assert observed.scores == alone.scores
     assert observed.learning_rates == alone.learning_rates
     assert len(alone.learning_rates) == alone.steps == 12
@@ -184,7 +192,10 @@ def test_finetune_the_real_model(packaged, tmp_path):
         old_steps=2, steps=2, batch_size=4, held_out=20, score_every=2
     )
     _, news, tweets = packaged
-    alone, _, wrapped = finetune_minilm.compare(news, tweets, ["auto"], [0], tmp_path, settings)
+    runs = finetune_minilm.compare(news, tweets, ["retain"], [0], tmp_path, settings)
+    by_method = {run.method: run for run in runs}
+    alone, wrapped = by_method["AdamW"], by_method["GapAware (retain)"]
     assert alone.old_before == wrapped.old_before
     assert wrapped.steps == 2
+    assert "GapAware (retain), consolidated" in by_method
     assert 0 < wrapped.gapaware_seconds < wrapped.seconds

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gapaware import reference
-from gapaware.sketch import CHUNK, CountSketch, Identity, buckets, sign_table
+from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, CountSketch, Identity, buckets, sign_table
 
 DIM = 16_384
 
@@ -53,6 +53,23 @@ def test_pieces_add_up_to_the_whole():
     pieces = [(x[a:b], a) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(sketch(pieces), whole, rtol=0, atol=1e-4)
     torch.testing.assert_close(sum(sketch([piece]) for piece in pieces), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_same_bits_however_the_vector_is_cut(dtype):
+    """Small neighbours are copied together; more pieces than chunks in one float32 accumulation."""
+    x = torch.randn(3 * CHUNK + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sketch = CountSketch(DIM, 0)
+    sizes = [0, 1, 10, 5000, CHUNK, 700, 16_384, 16_385, 3, *[900] * 200]
+    sizes.append(len(x) - sum(sizes))
+    places = itertools.accumulate(sizes, initial=0)
+    pieces = list(zip(x.split(sizes), places, strict=False))
+    assert len(pieces) > CHUNKS_PER_FLUSH
+    assert torch.equal(sketch(pieces), sketch([(x, 0)]))
+    # what is not next to each other is not joined
+    for piece, _ in pieces[1::2]:
+        piece.zero_()
+    assert torch.equal(sketch(pieces[::2]), sketch([(x, 0)]))
 
 
 def test_same_bits_every_time_and_no_state_between_calls():
