@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.costs import Row, fill, refuse_faults, wrapped
 from benchmarks.gpt2 import SHAPES, Trainee
@@ -84,7 +84,8 @@ def _bytes_of_a_record(base: str) -> float:
 def _live_tensors() -> list[Tensor]:
     gc.collect()
     # type() rather than isinstance(), which would wake lazy modules up
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # fake tensors and the like have no storage
+    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

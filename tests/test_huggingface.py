@@ -117,12 +117,14 @@ def test_base_is_the_optimizer_that_the_trainer_would_have_built(tmp_path, optim
 
     def settings(groups):
         return [
-            {k: v for k, v in group.items() if k != "params"}
+            {k: v for k, v in group.items() if k not in ("params", "param_names")}
             | {"shapes": [tuple(p.shape) for p in group["params"]]}
             for group in groups
         ]
 
     assert settings(wrapped.param_groups) == settings(alone.param_groups)
+    named = [name for group in wrapped.param_groups for name in group["param_names"]]
+    assert sorted(named) == sorted(name for name, _ in tiny_bert().named_parameters())
 
 
 def test_biases_and_norms_do_not_decay(tmp_path):
@@ -266,11 +268,21 @@ def test_every_backend_gets_the_effective_learning_rate(tmp_path):
     assert [e["effective_learning_rate"] for e in history] == pytest.approx(applied)
 
 
-def test_first_logged_scale_of_a_gentle_start(tmp_path):
-    trainer = trainer_for(arguments(tmp_path, max_steps=2), mode="retain")
+def test_a_scale_is_logged_before_there_is_a_decision(tmp_path):
+    trainer = trainer_for(arguments(tmp_path, max_steps=2))
     trainer.train()
-    wrapper = gapaware_of(trainer.optimizer)
-    assert trainer.state.log_history[0]["gapaware/scale"] == wrapper.scales[0] < 1
+    assert trainer.state.log_history[0]["gapaware/scale"] == 1.0
+
+
+def test_what_to_pull_to_is_found_by_name(tmp_path):
+    """The Trainer's own groups have no names; GapAware's need them for an anchor without the new head."""
+    model = tiny_bert()
+    anchor = {n: p for n, p in model.named_parameters() if not n.startswith("classifier")}
+    args = arguments(tmp_path, max_steps=2)
+    trainer = trainer_for(args, mode="retain", anchor=anchor)
+    trainer.train()
+    kept = gapaware_of(trainer.optimizer).starting_weights()
+    assert len(kept) == len(anchor) < len(list(model.parameters()))
 
 
 def test_scales_of_several_groups(tmp_path):
