@@ -398,7 +398,8 @@ def result(
     wrapper = gapaware_of(trainer.optimizer)
     factors = {entry["gapaware/scale"] for entry in history if "gapaware/scale" in entry}
     idle = None
-    if wrapper and len(factors) == 1:
+    pulls = bool(wrapper and wrapper.history and "pull" in wrapper.history[-1])
+    if wrapper and len(factors) == 1 and not pulls:
         why = wrapper.history[-1]["why"] if wrapper.history else "too short for a first look"
         idle = f"the factor stayed at {factors.pop():g} ({why})"
     return Result(
