@@ -303,6 +303,15 @@ def one_log(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "log").iterdir())
 
 
+def checkpoint(model: nn.Module, optimizer: GapAware) -> dict[str, Any]:
+    """What a distributed checkpoint holds."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "gapaware": OwnState(optimizer),
+    }
+
+
 def weights(model: nn.Module) -> list[torch.Tensor]:
     """The whole parameters, on every rank."""
     return [
@@ -327,11 +336,7 @@ def retained_and_saved(folder: Path) -> Any:
     model = fsdp(network())
     optimizer = wrapped(model, mode="retain", controller=None)
     train(model, optimizer, range(9))
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "gapaware": OwnState(optimizer),
-    }
+    state = checkpoint(model, optimizer)
     dcp.save(state, checkpoint_id=folder.parent / "retained")
     train(model, optimizer, range(9, STEPS))
     return weights(model)
@@ -344,11 +349,7 @@ def retained_and_resumed(folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "gapaware": OwnState(optimizer),
-    }
+    state = checkpoint(model, optimizer)
     dcp.load(state, checkpoint_id=folder.parent / "retained")
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -361,11 +362,7 @@ def save(folder: Path) -> Any:
     model = fsdp(network())
     optimizer = wrapped(model)
     train(model, optimizer, range(9))
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "gapaware": OwnState(optimizer),
-    }
+    state = checkpoint(model, optimizer)
     dcp.save(state, checkpoint_id=folder.parent / "saved")
     train(model, optimizer, range(9, STEPS))
     return seen(optimizer)
@@ -455,11 +452,7 @@ def resume(folder: Path) -> Any:
 def resumed(saved: Path, model: nn.Module) -> Any:
     """Load a checkpoint of two ranks on any number of ranks, and go on."""
     optimizer = wrapped(model)
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "gapaware": OwnState(optimizer),
-    }
+    state = checkpoint(model, optimizer)
     dcp.load(state, checkpoint_id=saved)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
