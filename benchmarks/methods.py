@@ -67,7 +67,21 @@ def base_alone(base: Base, _: Point = None, __: Occasion | None = None) -> Build
 
 
 def gapaware(base: Base, _: Point = None, __: Occasion | None = None) -> BuildOptimizer:
-    """GapAware around it, at default settings."""
+    """GapAware around it, at default settings, with the loss logged at each step."""
+    build_unlogged = gapaware_without_loss(base)
+
+    def build(params: Any, lr: float, **base_kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: Any = build_unlogged(params, lr, **base_kwargs)
+        optimizer.report = lambda loss: optimizer.log(loss=loss)
+        return optimizer  # type: ignore[no-any-return]
+
+    return build
+
+
+def gapaware_without_loss(
+    base: Base, _: Point = None, __: Occasion | None = None
+) -> BuildOptimizer:
+    """The same with nothing but `step()`: all that it goes by are the updates."""
 
     def build(params: Any, lr: float, **base_kwargs: Any) -> torch.optim.Optimizer:
         return GapAware(base(params, lr=lr, **base_kwargs), history_size=WHOLE_RUN)  # type: ignore[call-arg]
@@ -77,3 +91,4 @@ def gapaware(base: Base, _: Point = None, __: Occasion | None = None) -> BuildOp
 
 BASE = Method("base", "lr", LR_FACTORS, base_alone, lr_swept=True)
 GAPAWARE = Method("gapaware", "", (None,), gapaware)
+NO_LOSS = Method("gapaware-no-loss", "", (None,), gapaware_without_loss)

@@ -1,9 +1,8 @@
 """Which run comes next, so that what is there at any time is worth reading.
 
-First GapAware and its base on every task, one seed after the other; then the best learning rate of the
-base's sweep, the oracle; then learning rates that are too small; then every rival at the best point of its
-own sweep. Two seeds choose a point, and all
-seeds judge it.
+First GapAware and its base on every task, one seed after the other; then GapAware without the loss; then
+the best learning rate of the base's sweep, the oracle; then learning rates that are too small; then every
+rival at the best point of its own sweep. Two seeds choose a point, and all seeds judge it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.bases import MuonAdamW
-from benchmarks.methods import BASE, GAPAWARE, Base, Method, Point
+from benchmarks.methods import BASE, GAPAWARE, NO_LOSS, Base, Method, Point
 from benchmarks.rivals import RIVALS
 from benchmarks.runs import METHODS, Results, Row, Run, steps
 from benchmarks.statistics import geometric_mean
@@ -60,8 +59,8 @@ def best_point(results: Results, task: str, method: Method) -> Point:
 
 def chosen_rows(results: Results, task: str, method: Method, seeds: int) -> list[Row]:
     """The runs that judge a method on a task: at its defaults, or at the best point of its sweep."""
-    point = None if method is GAPAWARE else best_point(results, task, method)
-    if method is not GAPAWARE and point is None:
+    point = best_point(results, task, method) if method.swept else None
+    if method.swept and point is None:
         return []
     return results.of(at(task, method.name, point, seed) for seed in range(seeds))
 
@@ -104,6 +103,9 @@ def stages(
     for seed in range(seeds):
         runs = [run for run in pairs(wanted, seed) if run.method in first]
         yield f"pairs, seed {seed}", results.missing(runs)
+    if NO_LOSS.name in methods:
+        runs = [Run(task, NO_LOSS.name, 1.0, seed) for task in wanted for seed in range(seeds)]
+        yield "without the loss", results.missing(runs)
     if BASE.name in methods:
         yield from _sweep(results, BASE, plateaus, seeds)
     yield (

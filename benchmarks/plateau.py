@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import quick
 from benchmarks.figure import draw
-from benchmarks.methods import GAPAWARE
+from benchmarks.methods import GAPAWARE, NO_LOSS
 from benchmarks.plan import stages
 from benchmarks.report import figures, markdown
 from benchmarks.runs import METHODS, Results, run_all
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(options.from_results or options.results)
     if options.fresh:
         for method in METHODS.values():
-            if method is GAPAWARE or method.replays:
+            if method in (GAPAWARE, NO_LOSS) or method.replays:
                 results.forget(method.name)
     tasks, methods = options.task or list(TASKS), options.method or list(METHODS)
     missing = 0

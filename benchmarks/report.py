@@ -7,7 +7,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from benchmarks.methods import BASE, GAPAWARE
+from benchmarks.methods import BASE, GAPAWARE, NO_LOSS
 from benchmarks.plan import applies, best_point, chosen_rows
 from benchmarks.rivals import RIVALS
 from benchmarks.runs import Results, Row, Run, steps
@@ -31,7 +31,7 @@ def rivals_rows(
     """Rows of GapAware's rivals on a task by the rival's name; only those that there are."""
     alone = results.of(Run(task, BASE.name, 1.0, seed) for seed in range(seeds))
     rows = {ALONE: alone, ORACLE: chosen_rows(results, task, BASE, seeds)}
-    for rival in RIVALS:
+    for rival in (NO_LOSS, *RIVALS):
         if rival.name in methods and applies(rival, TASKS[task].base):
             rows[rival.name] = chosen_rows(results, task, rival, seeds)
     return {name: found for name, found in rows.items() if found}

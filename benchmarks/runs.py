@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.methods import BASE, GAPAWARE, Method, Occasion, Point
+from benchmarks.methods import BASE, GAPAWARE, NO_LOSS, Method, Occasion, Point
 from benchmarks.rivals import RIVALS
 from benchmarks.suite import TASKS
 from benchmarks.tasks import thin
@@ -22,7 +22,7 @@ from gapaware import GapAware
 
 Row = dict[str, Any]  # one finished run
 Key = tuple[str, str, float, Point, int]
-METHODS: dict[str, Method] = {m.name: m for m in (BASE, GAPAWARE, *RIVALS)}
+METHODS: dict[str, Method] = {m.name: m for m in (BASE, GAPAWARE, NO_LOSS, *RIVALS)}
 KEPT_POINTS = 20
 KEPT_SCALES = 200
 KEPT_DECISIONS = 20

@@ -55,7 +55,8 @@ class Observation:
         target: what the built-in laws steer to: a drift, in mode "retain" how fast the pull may give way.
         window: W.
         momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
-        loss: last loss that was seen, or None.
+        weight_norm: ‖θ‖ of this row's parameters at the snapshot; infinite where it is not known.
+        loss: mean of the losses that were logged since the snapshot before, or None: see `GapAware.log`.
         memory: `Decision.memory` of the last call, {} at first.
     """
 
@@ -78,6 +79,7 @@ class Observation:
     target: float
     window: int
     momentum_memory: int
+    weight_norm: float
     loss: float | None
     memory: Mapping[str, Any]
 

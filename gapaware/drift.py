@@ -57,3 +57,40 @@ def drift(gram: Array, spans: Array, memory: int) -> Drift | None:
         return None
     cosines = (gram / np.outer(length, length))[apart]
     return Drift(float(cosines.mean()), float(cosines.std()))
+
+
+class Newest(NamedTuple):
+    """The newest update against the older ones of its window.
+
+    Attributes:
+        growth: its length over their median length.
+        persistence: mean cosine with those that begin at least the momentum's memory earlier.
+        alignment: cosine with the sum of all older ones.
+    """
+
+    growth: float
+    persistence: float
+    alignment: float
+
+
+def newest(gram: Array, spans: Array, memory: int) -> Newest:
+    """Compare the newest update with the older ones: does it lengthen, and does it turn?
+
+    Args:
+        gram: inner products of updates, the oldest first, (n, n) with n >= 2, none of them zero.
+        spans: optimizer steps in each, (n,).
+        memory: optimizer steps after which momentum has forgotten; the oldest begins that long before.
+
+    Example:
+        >>> newest(np.array([[1.0, 0.0], [0.0, 4.0]]), np.array([5.0, 5.0]), memory=5)
+        Newest(growth=2.0, persistence=0.0, alignment=0.0)
+    """
+    length = np.sqrt(np.diag(gram))
+    start = np.cumsum(spans) - spans
+    far = start[-1] - start >= memory
+    so_far = np.sqrt(max(gram[:-1, :-1].sum(), np.finfo(float).tiny))
+    return Newest(
+        growth=float(length[-1] / np.median(length[:-1])),
+        persistence=float((gram[-1] / (length[-1] * length))[far].mean()),
+        alignment=float(gram[-1, :-1].sum() / (length[-1] * so_far)),
+    )

@@ -61,8 +61,8 @@ def draw(
 ) -> Figure:
     """The figure of `write_figure` as a matplotlib `Figure`, one column of panels per run.
 
-    The label of every `Axes` is its panel's name: "loss" (only where a run logged it),
-    "singular values", "adiabaticity", "scale", "lr".
+    The label of every `Axes` is its panel's name: "loss", "singular values",
+    "adiabaticity", "scale", "risk", "lr"; "loss" and "risk" only where a run recorded them.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -74,8 +74,9 @@ def draw(
         raise ImportError("the figure needs matplotlib: pip install gapaware[plot]") from error
     columns = _as_runs(runs)
     panels = dict(PANELS)
-    if not any(np.isfinite(series(records, "loss")).any() for records in columns):
-        del panels["loss"]
+    for name in ("loss", "risk"):
+        if not any(np.isfinite(series(records, name)).any() for records in columns):
+            del panels[name]
     heights = [height for _, height in panels.values()]
 
     figure = Figure(figsize=(1.5 + 6.5 * len(columns), 1.0 + 1.6 * sum(heights)))

@@ -154,7 +154,9 @@ class GapAwareTrainerMixin(TrainerToMixInto):
     - ``gapaware/scale``: GapAware's factor in the step just made, that of the first group or
       block with a finer ``granularity``; then ``gapaware/scale_min`` and ``gapaware/scale_max``
       stand beside it;
-    - ``gapaware/regime``: the name of the regime (text, which some backends leave out).
+    - ``gapaware/regime``: the name of the regime (text, which some backends leave out);
+    - ``gapaware/risk``: of forgetting, the squared distance from the weights at the first step relative to
+      them (see ``risk_limit`` of `GapAware`), at the last snapshot known. Callbacks see it in ``on_log``.
 
     With an optimizer that is not wrapped in GapAware it changes nothing.
     """
@@ -184,7 +186,10 @@ class GapAwareTrainerMixin(TrainerToMixInto):
                 logs["gapaware/scale_min"] = min(scales)
                 logs["gapaware/scale_max"] = max(scales)
             if wrapper.history:
-                logs["gapaware/regime"] = wrapper.history[-1]["regime"]
+                last = wrapper.history[-1]
+                logs["gapaware/regime"] = last["regime"]
+                if "risk" in last:
+                    logs["gapaware/risk"] = last["risk"]
         super().log(logs, start_time)
 
 

@@ -1,121 +1,190 @@
-"""The built-in control laws: what a snapshot means for the learning rate.
+"""The law of the modes "auto" and "escape": faster where motion is persistent or the loss stands still.
 
-`drift_law`, for the modes "auto" and "escape", raises the learning rate while the motion is persistent
-and the spectrum quiet. `retain_law`, for "retain", pulls towards the starting weights, ever more slowly.
-What was tried on the way to them is in benchmarks/LOG.md.
+What was tried on the way to it is in benchmarks/LOG.md.
 """
+
+from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
 from gapaware.controller import Decision, Observation
-from gapaware.drift import Drift, drift, per_learning_rate
+from gapaware.drift import Drift, Newest, drift, newest, per_learning_rate
 from gapaware.spectrum import adiabaticity
+from gapaware.trend import Trend
 
-# drift_law
 DRIFT_TARGET = 0.06
-QUIET = 3.0
-GAIN = 0.02
-GROWTH = 1.03
-SHRINKAGE = 0.98
-LEAST_DRIFT = 0.2
-ANNEALED = 0.5
-STRONG = 0.3
-SETBACK = 0.5
-RECOVERY = 1.003
 
-# retain_law
-RETAIN_TARGET = 0.25
-FIRST_PULL = 0.2
+# by drift, all rates per third of the momentum's memory
+GAIN = 0.1
+GROWTH = 1.16
+SHRINKAGE = 0.9
+LEAST_DRIFT = 0.2
+WINDOW_GROWTH = 4.0
+# by coherence
+COHERENT = 0.5
+FEWEST_UPDATES = 6
+# by the loss
+PROBING = 1.16
+RETREAT = 0.9
+# what holds growth
+QUIET = 3.0
+ANNEALED = 0.5
+STRIDE = 0.2
+# after a spike
+SPIKE_GROWTH = 2.0
+SPIKE_ALIGNMENT = 0.5
+SETBACK = 0.5
+RECOVERY = 0.03
 
 
 def drift_law(observation: Observation) -> Decision:
-    """Grow where motion drifts and the spectrum is quiet, shrink where it bounces, else hold.
+    """Grow on plateaus, shrink where nothing is gained by it, hold where training is fine.
 
-    With the drift c ± s of the window (see `gapaware.drift`), its adiabaticity a per learning rate, the
-    target c*, and n steps in an update, the factor f becomes
+    The drift c ± s of the window (see `gapaware.drift`), its adiabaticity a per learning rate, the target
+    c*, the newest update's persistence and alignment, and the trend of the loss, where it is logged, move
+    the factor f. With n the thirds of the momentum's memory that an update spans, 1 at most:
 
-        f · min(((c − s)/c*)^(n·gain), growth^n)  where c − s > c* and a <= 3
-        f · max(c/c*, 1/5)^(n·gain)               where c < c*
-        f · shrinkage^n at most                   where c − s < 0: drift that may be noise
-        f                                         otherwise
+        f · min(((c − s)/c*)^gain, growth)^n    where c − s > c*: steady drift; 4-fold in a window at most
+        f · (1/2 + q)^n                         where q > 1/2, q the least of c − s, persistence and
+                                                alignment: every update goes the same way
+        f · probing^n                           where the loss has stood still for half of the run
+        f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls
+        f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
+        f · retreat^n at most                   where the loss rises
+        f                                       otherwise
 
-    and stays f until the window is full, and once the schedule has come down below half of its peak (it
-    cools down on purpose). It does not grow while the schedule warms up (it goes slowly on purpose).
+    Only coherence acts before the window is full. f does not grow where a > 3, unless the loss stands
+    still; nor while the schedule warms up, nor so far that a step moves the weights by more than a fifth of
+    their norm; and it stays once the schedule has come down below half of its peak.
 
-    Where a drift above 0.3 has led f > 1 into noise, c − s < 0, the motion was a descent that f has made
-    unstable: f halves and stays below that ceiling, which rises by 0.3 % a step.
+    Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
+    the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
+    first such spike, by half of that after the second, and so on.
     """
-    warms_up = bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
     memory = {**observation.memory, "highest_lr": highest}
-
-    def decide(factor: float, why: str) -> Decision:
-        return Decision(observation.scale * factor, why, memory=memory)
-
-    distances = observation.lrs * observation.scales * observation.spans
-    moved = (np.diag(observation.gram) > 0) & (distances > 0)
-    if moved.sum() < observation.window + 1:
-        return decide(1.0, "the window is filling")
-    gram = per_learning_rate(observation.gram, distances)
-    seen = drift(gram[1:, 1:], observation.spans[1:], observation.momentum_memory)
-    if seen is None:
-        return decide(
-            1.0, f"the window is shorter than momentum's {observation.momentum_memory} steps"
-        )
-    a = adiabaticity(gram)
-    figures = f"drift {seen.mean:.2f} ± {seen.doubt:.2f}, a per lr {a:.2g}"
+    trend = None
+    if observation.loss is not None and isfinite(observation.loss):
+        trend = Trend.from_memory(memory.get("trend")).after(observation.loss)
+        memory["trend"] = trend.to_memory()
+    motion, why = _motion(observation)
+    if motion is None:
+        return Decision(observation.scale, why, memory=memory)
+    figures = f"drift {motion.drift.mean:.2f} ± {motion.drift.doubt:.2f}, a per lr {motion.a:.2g}"
+    warms_up = bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
     # a warm-up has its peak before it
     peak = highest if warms_up else max(highest, observation.peak_lr)
     if observation.lrs[-1] < ANNEALED * peak:
-        return decide(1.0, f"{figures}: the schedule cools down, hold")
-    factor, why = _by_drift(seen, observation.target, float(observation.spans[-1]))
+        why = f"{figures}: the schedule cools down, hold"
+        return Decision(observation.scale, why, memory=memory)
+    factor, why = _wanted(observation, motion, trend or Trend())
+    limit = _limit(observation)
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
-    elif factor > 1 and a > QUIET:
+    if factor > limit:
+        factor, why = limit, "steps as large as the weights allow"
+    ceiling = _ceiling(observation, motion.newest)
+    if ceiling["spikes"] > int(memory.get("spikes", 0)):
+        why = "updates jump and turn, back to half"
+    memory |= ceiling
+    scale = min(observation.scale * factor, ceiling["ceiling"])
+    return Decision(scale, f"{figures}: {why}", memory=memory)
+
+
+@dataclass(frozen=True)
+class _Motion:
+    """What the law reads off the window.
+
+    Attributes:
+        full: whether there are W + 1 updates; a is 0 before.
+        drift: of the last W updates, of all while there are fewer.
+        newest: update against the older ones.
+        a: adiabaticity per learning rate.
+    """
+
+    full: bool
+    drift: Drift
+    newest: Newest
+    a: float
+
+
+def _motion(observation: Observation) -> tuple[_Motion | None, str]:
+    """What moves, or None and the reason why that cannot be told."""
+    distances = observation.lrs * observation.scales * observation.spans
+    moved = (np.diag(observation.gram) > 0) & (distances > 0)
+    full = len(moved) > observation.window
+    if not moved.all() or len(moved) < min(FEWEST_UPDATES, observation.window + 1):
+        return None, "the window is filling"
+    gram, spans = per_learning_rate(observation.gram, distances), observation.spans
+    memory, first = observation.momentum_memory, 1 if full else 0
+    seen = drift(gram[first:, first:], spans[first:], memory)
+    if seen is None:
+        short = f"the window is shorter than momentum's {memory} steps"
+        return None, short if full else "the window is filling"
+    a = adiabaticity(gram) if full else 0.0
+    return _Motion(full, seen, newest(gram, spans, memory), a), ""
+
+
+def _wanted(observation: Observation, motion: _Motion, trend: Trend) -> tuple[float, str]:
+    """The factor on f that drift, coherence and loss ask for."""
+    thirds, seen, last = _thirds(observation), motion.drift, motion.newest
+    factor, why = 1.0, "the window is filling"
+    if motion.full:
+        factor, why = _by_drift(observation, seen)
+    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
+    if coherence > COHERENT and (0.5 + coherence) ** thirds > factor:
+        factor, why = (0.5 + coherence) ** thirds, "coherent motion, grow fast"
+    if factor < 1 and trend.falls:
+        factor, why = 1.0, "the loss falls, hold"
+    if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
-    ceiling, strongest = _ceiling(observation, seen)
-    if strongest == 0.0 < float(observation.memory.get("strongest_drift", 0.0)):
-        why = "drift lost in noise, back to half"
-    memory |= {"ceiling": ceiling, "strongest_drift": strongest}
-    return decide(min(factor, ceiling / observation.scale), f"{figures}: {why}")
-
-
-def _ceiling(observation: Observation, seen: Drift) -> tuple[float, float]:
-    """Largest factor for now, and the strongest drift under a factor since the last setback."""
-    scale = observation.scale
-    ceiling = float(observation.memory.get("ceiling", observation.max_scale))
-    strongest = float(observation.memory.get("strongest_drift", 0.0))
-    if scale > 1:
-        strongest = max(strongest, seen.mean)
-        if seen.mean < seen.doubt and strongest > STRONG:
-            return max(1.0, SETBACK * scale), 0.0
-    recovered = ceiling * RECOVERY ** float(observation.spans[-1])
-    return min(recovered, observation.max_scale), strongest
-
-
-def _by_drift(seen: Drift, target: float, span: float) -> tuple[float, str]:
-    certain = seen.mean - seen.doubt
-    if certain > target:
-        return min((certain / target) ** (GAIN * span), GROWTH**span), "steady drift, grow"
-    factor, why = 1.0, "drift near its target, hold"
-    if seen.mean < target:
-        factor = max(seen.mean / target, LEAST_DRIFT) ** (GAIN * span)
-        why = "little drift, shrink"
-    if certain < 0:
-        factor, why = min(factor, SHRINKAGE**span), "drift not above noise, shrink"
+    if trend.rises and observation.scale > 1:
+        factor, why = min(factor, RETREAT**thirds), "the loss rises, shrink"
+    elif motion.full and trend.flat and factor < PROBING**thirds:
+        factor, why = PROBING**thirds, "the loss stands still, grow"
     return factor, why
 
 
-def retain_law(observation: Observation) -> Decision:
-    """Let the pull ρ towards the starting weights give way adiabatically; leave the learning rate alone.
+def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
+    thirds, certain = _thirds(observation), seen.mean - seen.doubt
+    if certain > observation.target:
+        factor = min((certain / observation.target) ** GAIN, GROWTH) ** thirds
+        # a window sees late what a factor does
+        room = WINDOW_GROWTH * observation.scales[1] / observation.scale
+        return max(1.0, min(factor, float(room))), "steady drift, grow"
+    factor, why = 1.0, "drift near its target, hold"
+    if seen.mean < observation.target:
+        factor = max(seen.mean / observation.target, LEAST_DRIFT) ** (GAIN * thirds)
+        why = "little drift, shrink"
+    if certain < 0:
+        factor, why = min(factor, SHRINKAGE**thirds), "drift not above noise, shrink"
+    return factor, why
 
-    The weights follow the equilibrium between gradient and pull at the rate ρ, so that the equilibrium may
-    move only at a rate that is small against it. With |dρ/dt| = 𝒜*·ρ², rate of change over gap squared as
-    in the adiabatic parameter 𝒜, the pull after t steps is
 
-        ρ = 1 / (1/ρ_0 + 𝒜*·t)
+def _limit(observation: Observation) -> float:
+    """The factor on f at which a step moves the weights by a fifth of their norm."""
+    step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
+    factor_then = float(observation.scales[-1])
+    return STRIDE * observation.weight_norm / step * factor_then / observation.scale
 
-    whatever the learning rate and the length of the run.
-    """
-    pull = 1 / (1 / FIRST_PULL + observation.target * observation.step)
-    return Decision(1.0, f"pull {pull:.2g} towards the start", pull=pull)
+
+def _ceiling(observation: Observation, seen: Newest) -> dict[str, float]:
+    """The largest factor for now, and how many spikes have lowered it."""
+    memory = observation.memory
+    ceiling = float(memory.get("ceiling", observation.max_scale))
+    spikes, known_until = int(memory.get("spikes", 0)), float(memory.get("known_until", 0.0))
+    jumps = seen.growth > SPIKE_GROWTH and seen.alignment < SPIKE_ALIGNMENT
+    if jumps and observation.scale > 1 and observation.step >= known_until:
+        ceiling = max(1.0, SETBACK * float(observation.scales.max()))
+        # the same spike stays in the window
+        known_until, spikes = observation.step + float(observation.spans.sum()), spikes + 1
+    else:
+        recovery = 1 + RECOVERY * 0.5**spikes
+        ceiling = min(ceiling * recovery ** _thirds(observation), observation.max_scale)
+    return {"ceiling": ceiling, "spikes": spikes, "known_until": known_until}
+
+
+def _thirds(observation: Observation) -> float:
+    """Thirds of the momentum's memory in the newest update, 1 at most."""
+    return min(1.0, 3 * float(observation.spans[-1]) / observation.momentum_memory)

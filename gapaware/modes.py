@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from gapaware.controller import Controller
-from gapaware.law import DRIFT_TARGET, FIRST_PULL, RETAIN_TARGET, drift_law, retain_law
+from gapaware.law import DRIFT_TARGET, drift_law
+from gapaware.retain_law import FIRST_PULL, RETAIN_TARGET, retain_law
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from gapaware import layout
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
 from gapaware.distributed import Sharing, Unsupported, is_dtensor, refuse, sharing
+from gapaware.risk import Start
 from gapaware.scaling import Scales
 from gapaware.sketch import CountSketch, Identity
 from gapaware.transfer import Transfer, send
@@ -65,6 +66,8 @@ class Sighting:
         gram: inner products, (2, 2, rows, n, n) as in `Window.gram`.
         conditions: of the n updates, the oldest first.
         separable: for each row, whether its weight decay is known.
+        squared_norms: ‖θ‖² of each row when it was taken, (rows,); None where a state did not have them.
+        risk: of forgetting, a number as in `Start.risk`; None where the start is not known.
     """
 
     step: int
@@ -73,9 +76,12 @@ class Sighting:
     gram: Transfer
     conditions: tuple[Conditions, ...]
     separable: tuple[bool, ...]
+    squared_norms: Transfer | None = None
+    risk: Transfer | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
+        norms = self.squared_norms
         return {
             "step": self.step,
             "names": list(self.names),
@@ -83,6 +89,8 @@ class Sighting:
             "gram": self.gram.result().clone(),
             "conditions": [condition.as_list() for condition in self.conditions],
             "separable": list(self.separable),
+            "squared_norms": None if norms is None else norms.result().tolist(),
+            "risk": None if self.risk is None else float(self.risk.result()),
         }
 
     @classmethod
@@ -94,6 +102,10 @@ class Sighting:
             and state["gram"].shape == (2, 2, rows, updates, updates)
         ):
             raise ValueError("the parts of a sighting do not fit together")
+        # until 0.1.0 there was neither
+        risk, norms = state.get("risk"), state.get("squared_norms")
+        if norms is not None and len(norms) != rows:
+            raise ValueError("the parts of a sighting do not fit together")
         return cls(
             step=int(state["step"]),
             names=tuple(map(str, state["names"])),
@@ -101,6 +113,8 @@ class Sighting:
             gram=Transfer(state["gram"].to("cpu", torch.float64)),
             conditions=tuple(map(Conditions.from_list, state["conditions"])),
             separable=tuple(map(bool, state["separable"])),
+            squared_norms=None if norms is None else Transfer(_column(list(map(float, norms)))),
+            risk=None if risk is None else Transfer(_column([float(risk)])[0]),
         )
 
 
@@ -142,10 +156,11 @@ class Observer:
         self._sketch: CountSketch | Identity | None = None
         if sketch_dim is not None:
             self._sketch = CountSketch(sketch_dim, seed)
+        self._start: Start | None = None
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything that was seen."""
+        """Forget everything that was seen, but not where training began: it outlasts a fault."""
         self._sound: Transfer | None = None
         self._trouble = ""
         self._spoilt = False
@@ -183,14 +198,21 @@ class Observer:
             return
         raise NotFinite(f"NaN or infinity in the sketch of the parameters{self._trouble}")
 
-    def start(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the first snapshot, before the first step.
+    def start(self, optimizer: torch.optim.Optimizer, *, begins: bool = True) -> None:
+        """Take the first snapshot of a window.
+
+        Args:
+            optimizer: the wrapped one.
+            begins: training begins here, too. Otherwise the rows that were there keep their start, others
+                begin here, and where no start is known there will be none.
 
         Raises:
             Unsupported: see `distributed.refuse`.
         """
         refuse(optimizer)
         rows = layout.rows(optimizer.param_groups, self._granularity)
+        if begins:
+            self._start = Start((), torch.empty(0, 0, dtype=self._dtype(), device="cpu"))
         if not rows:
             return
         if isinstance(self._sketch, Identity) or self._sketch is None:
@@ -202,6 +224,8 @@ class Observer:
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
         self._last = self._snapshot(rows)
+        if self._start is not None:
+            self._start = self._start.followed(self._signature, self._last)
         self._window = Window(
             self._size, len(rows), self._sketch.dim, self._last.device, self._dtype()
         )
@@ -242,7 +266,7 @@ class Observer:
         """
         rows = layout.rows(optimizer.param_groups, self._granularity)
         if self._window is None or [row.signature() for row in rows] != self._signature:
-            self.start(optimizer)
+            self.start(optimizer, begins=False)
             return None
         assert self._last is not None
         now = self._snapshot(rows)
@@ -262,7 +286,16 @@ class Observer:
             gram=Transfer(self._window.gram()),
             conditions=tuple(self._conditions),
             separable=separable,
+            squared_norms=Transfer(self._window.squared_norms()),
+            risk=self._risk(now, optimizer.param_groups),
         )
+
+    def _risk(self, now: Tensor, groups: Sequence[dict[str, Any]]) -> Transfer | None:
+        if self._start is None:
+            return None
+        self._start = self._start.to(now.device)
+        risk = self._start.risk(now, [groups[g].get("anchor", True) for g in self._row_groups])
+        return None if risk is None else Transfer(risk)
 
     def _dtype(self) -> torch.dtype:
         """Of the updates that are kept: rounding them to float32 is nothing beside a sketch's own error."""
@@ -310,6 +343,7 @@ class Observer:
             "signature": [list(entry) for entry in self._signature],
             "row_groups": list(self._row_groups),
             "last": None if self._last is None else self._last.clone(),
+            "start": None if self._start is None else self._start.state_dict(),
             "window": None if self._window is None else self._window.state_dict(),
             "conditions": [condition.as_list() for condition in self._conditions],
             "rates": [None if rate is None else float(rate) for rate in self._rates],
@@ -326,6 +360,8 @@ class Observer:
         self._lr_sums = [float(total) for total in state["lr_sums"]]
         self._span = int(state["span"])
         self._conditions.extend(map(Conditions.from_list, state["conditions"]))
+        start = state.get("start")  # until 0.1.0 there was none
+        self._start = None if start is None else Start.from_state_dict(start, self._dtype())
         if state["last"] is not None:
             self._last = state["last"].to(torch.float64).clone()
             self._sound = Transfer(self._last.isfinite().all())
@@ -347,6 +383,9 @@ class Observer:
             fits = fits and self._last.shape == (rows, dim)
             fits = fits and self._window.shape == (size, rows, dim)
             fits = fits and len(self._conditions) == len(self._window)
+        if self._start is not None:
+            fits = fits and self._start.fits(self.settings["sketch_dim"])
+            fits = fits and self._start.rows == tuple(self._signature or self._start.rows)
         if not fits:
             raise ValueError("the parts of the observer's state do not fit together")
 

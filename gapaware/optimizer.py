@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from gapaware import layout
+from gapaware import arguments, layout
 from gapaware.anchor import Anchor
 from gapaware.controller import Controller
 from gapaware.delegation import is_number
 from gapaware.distributed import Unsupported, alone, is_first, sharing
 from gapaware.history import History
 from gapaware.lr import first_lr, is_remote
+from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
-from gapaware.state import Resumable, arrived
+from gapaware.state import Resumable
 from gapaware.steering import ControllerFault, Steering
-from gapaware.transfer import Transfer
 
 
 class GapAware(Resumable):
@@ -64,6 +64,11 @@ class GapAware(Resumable):
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
             (with `named_parameters()`) or tensor.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
+        risk_limit: warn once when the risk of forgetting passes it, `history[-1]["risk"]`: the squared
+            distance from the weights at the first step relative to them, ‖θ − θ_0‖²/‖θ_0‖², the mean over
+            parameter groups or blocks. Groups with `"anchor": False`, such as a new head, are left out.
+            What is too far depends on the task: find the limit on runs of which you know what they forgot.
+            None for no warning.
         log_to: a file that gets one line of JSON for each snapshot; `gapaware report` reads it.
         history_size: number of records that `history` keeps in memory.
         seed: of the sketch.
@@ -111,6 +116,7 @@ class GapAware(Resumable):
         anchor_device: torch.device | str | None = None,
         anchor_dtype: torch.dtype | None = None,
         controller: Controller | None = None,
+        risk_limit: float | None = None,
         log_to: str | PathLike[str] | None = None,
         history_size: int = 1000,
         seed: int = 0,
@@ -134,6 +140,8 @@ class GapAware(Resumable):
             history_size=history_size,
             seed=seed,
         )
+        if risk_limit is not None:
+            arguments.positive("risk_limit", risk_limit, why="the risk of forgetting to warn of")
         self._anchor = None
         if settled.anchor is not None:
             self._anchor = Anchor(settled.anchor, anchor_device, anchor_dtype)
@@ -159,7 +167,8 @@ class GapAware(Resumable):
         )
         self._pending = None
         self._entrusted = None
-        self._metrics = {}
+        self._metrics = Means()
+        self._risk_limit = risk_limit
         self._warned: set[str] = set()
         self._started = time.time()
         self.seconds = 0.0
@@ -208,7 +217,8 @@ class GapAware(Resumable):
                 if self._steps == 0:
                     self._midway = bool(self.base.state)
                 self._fresh = False
-                self._observer.start(self.base)
+                # a state of other settings was loaded: where training began is not known
+                self._observer.start(self.base, begins=self._steps == 0)
             return self._factors()
         return [Scales()] * len(self.base.param_groups), None
 
@@ -275,6 +285,8 @@ class GapAware(Resumable):
             self._next_snapshot = self._steps + pause
             with self._guarded("a snapshot"):
                 self._look(scales)
+        if due and self._risk_limit is not None:
+            self._warn_of_risk(self._risk_limit)
 
     def _look(self, scales: list[Scales]) -> None:
         """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
@@ -282,8 +294,7 @@ class GapAware(Resumable):
             return
         sighting = self._observer.look(self.base, self._steps, scales)
         if sighting is not None:
-            self._pending = (sighting, self._metrics)
-            self._metrics = {}
+            self._pending = (sighting, self._metrics.take())
 
     def _is_idle(self) -> bool:
         """Whether nothing can move; a learning rate that the host would have to wait for may be any."""
@@ -319,23 +330,36 @@ class GapAware(Resumable):
         after = [self._steering.scales(name) for name in sighting.names]
         self.history.append(record(sighting, outcome, after, metrics, clock))
 
+    def _warn_of_risk(self, limit: float) -> None:
+        if "risk" in self._warned or not self.history or not is_first():
+            return
+        last = self.history[-1]
+        if last.get("risk", 0.0) <= limit:
+            return
+        self._warned.add("risk")
+        warnings.warn(
+            f"risk of forgetting {last['risk']:.3g} at step {last['step']}, risk_limit={limit:g}: this far "
+            "have the weights moved from the start (squared distance, relative). Where an old skill has to "
+            'stay, end training here, lower the learning rate, or use mode="retain" (said once)',
+            stacklevel=6,
+        )
+
     # -- what a person sees ------------------------------------------------------------------------
 
     def log(self, **metrics: float | Tensor) -> None:
-        """Attach values such as the loss to the next record of `history`.
+        """Attach values such as the loss to the next record of `history`: their means since the last one.
 
-        A closure's loss is attached by itself. Tensors are read a snapshot later, so that a GPU does not
-        have to wait.
+        Call it at every step. The modes "auto" and "escape" see a plateau in the loss that noise hides in
+        the updates, do not touch a factor under which the loss falls, and take it down where it rises. A
+        closure's loss is attached by itself, as is that of a `GapAwareTrainer`. Tensors are read a snapshot
+        later, so that a GPU does not have to wait.
 
         Example:
             >>> optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
             >>> optimizer.log(loss=torch.tensor(0.5), accuracy=0.9)
         """
         for name, value in metrics.items():
-            if isinstance(value, Tensor):
-                self._metrics[name] = Transfer(value.detach().clone().reshape(()))
-            else:
-                self._metrics[name] = float(value)
+            self._metrics.add(name, value)
 
     @property
     def scales(self) -> list[float]:
@@ -382,7 +406,7 @@ class GapAware(Resumable):
         if not isinstance(error, ControllerFault):
             self._observer.restart()
         self._pending = None
-        self._metrics = {}
+        self._metrics = Means()
         if self._interval_is_auto:
             self._interval = self._first_interval
         self._next_snapshot = self._steps + self._interval

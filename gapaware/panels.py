@@ -175,12 +175,25 @@ def paint_lr(ax: Axes, records: Sequence[Record]) -> Labels:
     return labels
 
 
+def paint_risk(ax: Axes, records: Sequence[Record]) -> Labels:
+    """The forgetting risk: the squared distance from the start, relative to the start."""
+    ax.set_ylabel("forgetting risk\n" + r"$\|θ - θ_0\|^2 / \|θ_0\|^2$")
+    risk = _positive(series(records, "risk"))
+    if not np.isfinite(risk).any():
+        return _say(ax, "no risk recorded")
+    ax.set_yscale("log")
+    _line(ax, series(records, "step"), risk, INK, linewidth=1.5)
+    _show(ax, np.nanmin(risk) / 1.3, np.nanmax(risk) * 1.3)
+    return []
+
+
 Paint: TypeAlias = "Callable[[Axes, Sequence[Record]], Labels]"
 PANELS: dict[str, tuple[Paint, float]] = {  # with their heights, relative to each other
     "loss": (paint_loss, 1.0),
     "singular values": (paint_spectrum, 1.7),
     "adiabaticity": (paint_adiabaticity, 1.4),
     "scale": (paint_scale, 1.0),
+    "risk": (paint_risk, 1.0),
     "lr": (paint_lr, 1.0),
 }
 

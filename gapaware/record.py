@@ -1,6 +1,7 @@
 """One record of the history: what was seen at a snapshot, what was decided and why."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from gapaware.observer import Sighting
@@ -27,9 +28,9 @@ def record(
     Returns:
         With the keys step, lr and lr_scaled (a value for each parameter group, before and after
         scaling), scale (the factor during the update), next_scale (the one decided on),
-        weight_decay_scale, regime, decision, why and spectrum; pull (the one decided on) where there is
-        one; scales by row when there are several factors; loss and metrics where they were logged; and
-        those of `clock`.
+        weight_decay_scale, regime, decision, why and spectrum; risk (of forgetting) where the start is
+        known; pull (the one decided on) where there is one; scales by row when there are several factors;
+        loss and metrics where they were logged; and those of `clock`.
     """
     during = sighting.conditions[-1]
     by_group: dict[int, tuple[float, float]] = {}
@@ -49,6 +50,9 @@ def record(
         "why": outcome.why,
         "spectrum": seen.as_record() if seen else None,
     }
+    risk = None if sighting.risk is None else float(sighting.risk.result())
+    if risk is not None and isfinite(risk):
+        described["risk"] = risk
     if after[0].pull:
         described["pull"] = after[0].pull
     if outcome.several:

@@ -11,6 +11,7 @@ from gapaware import arguments
 from gapaware.anchor import Anchor
 from gapaware.delegation import Delegating, all_or_nothing
 from gapaware.history import History
+from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer, Sighting
 from gapaware.steering import Steering
 from gapaware.transfer import Transfer
@@ -42,8 +43,8 @@ class Resumable(Delegating):
     _steering: Steering
     _anchor: Anchor | None
     # on its way to the host, with what was logged before it was taken
-    _pending: tuple[Sighting, dict[str, Any]] | None
-    _metrics: dict[str, float | Transfer]
+    _pending: tuple[Sighting, dict[str, float | Transfer]] | None
+    _metrics: Means
     # a state that was restored alone and outlasts a load without one
     _entrusted: dict[str, Any] | None
 
@@ -93,7 +94,7 @@ class Resumable(Delegating):
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
                 "history": self.history.state_dict(),
-                "metrics": arrived(self._metrics),
+                "metrics": self._metrics.state_dict(),
                 "pending": pending,
             },
         }
@@ -116,7 +117,7 @@ class Resumable(Delegating):
         self._steering.restart()
         if self._anchor is not None:
             self._anchor.restart()
-        self._pending, self._metrics = None, {}
+        self._pending, self._metrics = None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
         self.history = self.history.fresh()
@@ -160,7 +161,7 @@ class Resumable(Delegating):
                 "_steering": steering,
                 "_anchor": anchor,
                 "history": history,
-                "_metrics": _numbers(ours["metrics"]),
+                "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,
                 "_steps": counts["steps"],
                 "_fresh": counts["steps"] == 0 or not same_settings,
@@ -176,19 +177,6 @@ class Resumable(Delegating):
                 f"state_dict['gapaware'] cannot be read ({type(error).__name__}: {error}); nothing was "
                 "changed. Remove the key 'gapaware' to load the wrapped optimizer's state alone"
             ) from error
-
-
-def arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:
-    """Logged values as numbers; waits for those that are still on a device.
-
-    Example:
-        >>> arrived({"loss": Transfer(torch.tensor(0.5)), "accuracy": 0.9})
-        {'loss': 0.5, 'accuracy': 0.9}
-    """
-    return {
-        name: float(value.result()) if isinstance(value, Transfer) else value
-        for name, value in metrics.items()
-    }
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -109,7 +109,7 @@ class Steering:
             first_lrs: where its schedule began, if that was before the first step seen; 0 otherwise.
             interval: steps between snapshots now.
             momentum_memory: see `momentum.memory_steps`.
-            loss: the last one seen.
+            loss: mean since the snapshot before, or None.
 
         Raises:
             ValueError: NaN or infinite updates.
@@ -166,6 +166,9 @@ class Steering:
         lrs = np.array([max(c.lrs[row] for row in rows) for c in sighting.conditions])
         peak = max(float(lrs.max()), max(now.first_lrs[row] for row in rows))
         scale, pull = self.scales(name).lr, self.scales(name).pull
+        weight_norm = float("inf")
+        if sighting.squared_norms is not None:
+            weight_norm = float(np.sqrt(sighting.squared_norms.result().numpy()[rows].sum()))
         seen = spectrum(
             chosen[UPDATE, UPDATE],
             lr=lr * scale,
@@ -195,6 +198,7 @@ class Steering:
             target=self._target,
             window=self._window,
             momentum_memory=now.momentum_memory,
+            weight_norm=weight_norm,
             loss=now.loss,
             memory=self._memory.get(name, {}),
         )

@@ -40,6 +40,7 @@ def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str
     decisions = Counter(_values(records, "decision"))
     loss = _numbers(records, "loss")
     scale = _numbers(records, "scale")
+    risk = _numbers(records, "risk")
     return {
         "gapaware": header.get("gapaware"),
         "settings": dict(header.get("settings") or {}),
@@ -63,6 +64,7 @@ def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str
         "loss": {"first": float(loss[0]), "last": float(loss[-1]), "lowest": float(loss.min())}
         if loss.size
         else None,
+        "risk": {"last": float(risk[-1]), "largest": float(risk.max())} if risk.size else None,
         "faults": [
             {"step": record.get("step"), "why": record.get("why", "")}
             for record in records
@@ -97,6 +99,7 @@ def summarize(header: Mapping[str, Any], records: Sequence[Record]) -> str:
         "gap": _gap_line(found),
         "a": _adiabaticity_line(found),
         "loss": _loss_line(found),
+        "risk": _risk_line(found),
         "faults": _fault_line(found["faults"]),
     }
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items() if line)
@@ -234,6 +237,14 @@ def _loss_line(found: Mapping[str, Any]) -> str:
     if loss is None:
         return ""
     return f"{loss['first']:.4g} -> {loss['last']:.4g}, lowest {loss['lowest']:.4g}"
+
+
+def _risk_line(found: Mapping[str, Any]) -> str:
+    risk = found["risk"]
+    if risk is None:
+        return ""
+    line = f"of forgetting: {risk['last']:.3g} at the end, largest {risk['largest']:.3g}"
+    return line + " (squared distance from the start, relative)"
 
 
 def _fault_line(faults: Sequence[Mapping[str, Any]]) -> str:

@@ -104,6 +104,10 @@ class Window:
         parts = torch.stack((updates, decays))
         return (parts @ known)[:, None] @ parts.mT
 
+    def squared_norms(self) -> Tensor:
+        """‖θ‖² of each row, as of the last push: float64, (rows,), a new tensor."""
+        return self._gram[:, -1, -1].clone()
+
     def to(self, device: torch.device) -> None:
         """Move the window to another device."""
         self._ring, self._gram = send(self._ring, device), send(self._gram, device)

@@ -8,7 +8,7 @@ from torch import nn
 
 from gapaware import Decision, GapAware
 from gapaware.anchor import Anchor
-from gapaware.law import FIRST_PULL, RETAIN_TARGET
+from gapaware.retain_law import FIRST_PULL, RETAIN_TARGET
 from gapaware.scaling import Scales
 
 

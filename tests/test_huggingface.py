@@ -268,6 +268,19 @@ def test_every_backend_gets_the_effective_learning_rate(tmp_path):
     assert [e["effective_learning_rate"] for e in history] == pytest.approx(applied)
 
 
+def test_backends_and_callbacks_get_the_forgetting_risk(tmp_path):
+    backend = Backend()
+    trainer = trainer_for(
+        arguments(tmp_path), mode="observe", interval=2, callbacks=[backend], risk_limit=1e-12
+    )
+    with pytest.warns(UserWarning, match="risk of forgetting"):
+        trainer.train()
+    risks = gapaware_of(trainer.optimizer).history.column("risk")
+    logged = [logs["gapaware/risk"] for logs in backend.logs if "gapaware/risk" in logs]
+    assert len(set(logged)) > 2
+    assert list(dict.fromkeys(logged)) == risks
+
+
 def test_a_scale_is_logged_before_there_is_a_decision(tmp_path):
     trainer = trainer_for(arguments(tmp_path, max_steps=2))
     trainer.train()

@@ -1,20 +1,23 @@
-"""The built-in laws do what they say, and the drift they steer by equals its reference."""
+"""The built-in laws do what they say, and what they steer by equals its reference."""
 
 import numpy as np
 import pytest
 
 from gapaware import Observation, reference
-from gapaware.drift import drift, per_learning_rate
+from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
     DRIFT_TARGET,
-    FIRST_PULL,
     GROWTH,
+    PROBING,
     RECOVERY,
-    RETAIN_TARGET,
+    RETREAT,
+    STRIDE,
+    WINDOW_GROWTH,
     drift_law,
-    retain_law,
 )
+from gapaware.retain_law import FIRST_PULL, RETAIN_TARGET, retain_law
 from gapaware.spectrum import adiabaticity, spectrum
+from gapaware.trend import Trend
 
 W, P, SPAN = 10, 3000, 5.0
 
@@ -43,6 +46,7 @@ def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, *
         "target": target,
         "window": W,
         "momentum_memory": 15,
+        "weight_norm": 1e6,
         "loss": None,
         "memory": memory or {},
     }
@@ -87,9 +91,49 @@ def test_no_two_updates_beyond_momentum():
 
 
 def test_steady_drift_grows_at_most_by_the_rate():
-    decision = drift_law(observe(updates(2.0), scale=2.0))
-    assert decision.scale == pytest.approx(2.0 * GROWTH**SPAN)
-    assert "grow" in decision.why
+    # 0.7 is a drift of 0.33: far above the target, and not coherent
+    decision = drift_law(observe(updates(0.7), scale=2.0))
+    assert decision.scale == pytest.approx(2.0 * GROWTH)
+    assert "steady drift" in decision.why
+
+
+def test_growth_is_in_units_of_the_momentum_memory():
+    often = drift_law(observe(updates(0.7), spans=np.full(W + 1, 2.0)))
+    assert often.scale == pytest.approx(GROWTH ** (3 * 2.0 / 15))
+    seldom = drift_law(observe(updates(0.7), spans=np.full(W + 1, 50.0)))
+    assert seldom.scale == pytest.approx(GROWTH)
+
+
+def test_drift_grows_the_factor_no_more_than_fourfold_in_a_window():
+    scales = np.linspace(1.0, 4.9, W + 1)
+    x = updates(0.7) * scales[:, None]
+    decision = drift_law(observe(x, scale=4.9, scales=scales))
+    assert decision.scale == pytest.approx(WINDOW_GROWTH * scales[1])
+    assert drift_law(observe(x, scale=8.0, scales=scales)).scale == 8.0
+
+
+def test_coherent_motion_grows_faster_and_before_the_window_is_full():
+    x = updates(6.0)
+    seen = drift(x[1:] @ x[1:].T, np.full(W, SPAN), 15)
+    last = newest(x @ x.T, np.full(W + 1, SPAN), 15)
+    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
+    assert coherence > 0.9
+    decision = drift_law(observe(x))
+    assert decision.scale == pytest.approx(0.5 + coherence)
+    assert "coherent" in decision.why
+    assert drift_law(observe(updates(6.0, n=6))).scale > 1.3
+    assert drift_law(observe(updates(6.0, n=5))).scale == 1.0
+
+
+def test_newest_equals_its_definition():
+    x, spans = updates(0.5), np.full(W + 1, SPAN)
+    seen = newest(x @ x.T, spans, 15)
+    lengths = np.linalg.norm(x, axis=1)
+    assert seen.growth == pytest.approx(lengths[-1] / np.median(lengths[:-1]))
+    cosines = x[:-3] @ x[-1] / (lengths[:-3] * lengths[-1])
+    assert seen.persistence == pytest.approx(cosines.mean())
+    rest = x[:-1].sum(0)
+    assert seen.alignment == pytest.approx(x[-1] @ rest / (lengths[-1] * np.linalg.norm(rest)))
 
 
 def test_more_drift_grows_faster():
@@ -109,7 +153,7 @@ def test_oscillation_shrinks():
 
 
 def test_a_filling_window_holds():
-    decision = drift_law(observe(updates(2.0, n=W)))
+    decision = drift_law(observe(updates(0.7, n=W)))
     assert decision.scale == 1.0
     assert "filling" in decision.why
 
@@ -164,20 +208,134 @@ def test_the_schedule_is_not_read_as_a_change_of_the_spectrum():
     assert scheduled.scale == pytest.approx(constant.scale)
 
 
-def test_a_strong_drift_lost_in_noise_halves_the_factor_and_caps_it():
-    strong = drift_law(observe(updates(2.0), scale=8.0))
-    assert strong.memory["strongest_drift"] > 0.3
-    lost = drift_law(observe(updates(0.0), scale=8.0, memory=strong.memory))
-    assert lost.scale == 4.0
-    assert "back to half" in lost.why
-    again = drift_law(observe(updates(2.0), scale=4.0, memory=lost.memory))
-    assert 4.0 < again.scale <= 4.0 * RECOVERY**SPAN
-    # a weak drift that is lost is noise, and shrinks the factor a little, as ever
-    weak = drift_law(observe(updates(0.0), scale=8.0, memory={"strongest_drift": 0.2}))
-    assert 6.5 < weak.scale < 8.0
-    # without a factor the run has done it itself
-    alone = drift_law(observe(updates(0.0), scale=1.0, memory={"strongest_drift": 0.9}))
-    assert alone.memory["ceiling"] == 64.0
+def spike():
+    """Coherent updates, and a newest one ten times as long that goes elsewhere."""
+    x = updates(2.0)
+    x[-1] = 10 * np.random.default_rng(5).normal(size=P)
+    return x
+
+
+def test_a_spike_halves_the_factor_and_caps_it():
+    scales = np.linspace(4.0, 9.0, W + 1)
+    jumped = drift_law(observe(spike(), scale=9.0, scales=np.full(W + 1, 9.0)))
+    assert jumped.scale == 4.5
+    assert "jump and turn" in jumped.why
+    assert jumped.memory["spikes"] == 1
+    # of the largest factor in the window, wherever it is by now
+    shrunk = drift_law(observe(spike() * scales[:, None], scale=5.0, scales=scales))
+    assert shrunk.scale == 4.5
+    # while it stays in the window it is the same spike
+    same = drift_law(observe(spike(), scale=4.5, memory=jumped.memory, step=105))
+    assert same.memory["spikes"] == 1
+    assert same.scale <= 4.5 * (1 + RECOVERY / 2) ** 2
+    # afterwards the factor stays below a ceiling that rises slowly, more slowly after each spike
+    again = drift_law(observe(updates(6.0), scale=4.5, memory=jumped.memory, step=200))
+    assert again.scale == pytest.approx(4.5 * (1 + RECOVERY / 2))
+    second = drift_law(observe(spike(), scale=4.5, memory=jumped.memory, step=200))
+    assert (second.memory["spikes"], second.scale) == (2, 2.25)
+    third = drift_law(observe(updates(6.0), scale=2.25, memory=second.memory, step=300))
+    assert third.scale == pytest.approx(2.25 * (1 + RECOVERY / 4))
+
+
+def test_a_jump_without_a_factor_is_the_runs_own():
+    decision = drift_law(observe(spike()))
+    assert decision.memory["spikes"] == 0
+    assert decision.memory["ceiling"] == 64.0
+
+
+def test_longer_updates_in_the_same_direction_are_no_spike():
+    x = updates(6.0) * (1.6 ** np.arange(W + 1))[:, None]
+    decision = drift_law(observe(x, scale=4.0))
+    assert decision.memory["spikes"] == 0
+    assert decision.scale >= 4.0
+
+
+def test_a_step_moves_the_weights_by_a_fifth_of_their_norm_at_most():
+    x = updates(2.0)
+    step = np.linalg.norm(x[-1]) / SPAN
+    free = drift_law(observe(x, scale=2.0, weight_norm=100 * step))
+    assert free.scale > 2.0
+    held = drift_law(observe(x, scale=2.0, weight_norm=1.05 * step / STRIDE))
+    assert held.scale == pytest.approx(2.1)
+    taken_down = drift_law(observe(x, scale=2.0, weight_norm=0.75 * step / STRIDE))
+    assert taken_down.scale == pytest.approx(1.5)
+    assert "as large as the weights allow" in taken_down.why
+
+
+def trend(*losses):
+    seen = Trend()
+    for loss in losses:
+        seen = seen.after(loss)
+    return {"trend": seen.to_memory()}
+
+
+NOISE = 0.002 * np.random.default_rng(3).normal(size=200)
+
+
+def test_a_loss_that_stands_still_lets_noise_grow():
+    """What a plateau looks like under mini-batch noise: no drift to be seen, and no progress."""
+    flat = trend(*(2.3 + NOISE))
+    decision = drift_law(observe(updates(0.0), loss=2.3, memory=flat))
+    assert decision.scale == pytest.approx(PROBING)
+    assert "stands still" in decision.why
+    # what is no longer logged counts no longer
+    assert drift_law(observe(updates(0.0), memory=flat)).scale <= 1
+    # not in a warm-up, nor when the schedule cools down
+    lrs = np.linspace(1e-4, 1e-3, W + 1)
+    warming = observe(updates(0.0) * lrs[:, None], lrs=lrs, loss=2.3, memory=flat)
+    assert drift_law(warming).scale == 1.0
+    cooling = {**flat, "highest_lr": 3e-3}
+    assert drift_law(observe(updates(0.0), loss=2.3, memory=cooling)).scale == 1.0
+
+
+def test_a_loss_that_falls_keeps_a_factor_from_shrinking():
+    falling = trend(*(2.3 * 0.97 ** np.arange(40)))
+    decision = drift_law(observe(updates(0.0), scale=8.0, loss=0.66, memory=falling))
+    assert decision.scale == 8.0
+    assert "the loss falls" in decision.why
+
+
+def test_a_loss_that_rises_takes_a_factor_down():
+    rising = trend(*(2.3 * 1.03 ** np.arange(40)))
+    decision = drift_law(observe(updates(2.0), scale=8.0, loss=7.6, memory=rising))
+    assert decision.scale == pytest.approx(8.0 * RETREAT)
+    assert "the loss rises" in decision.why
+    assert drift_law(observe(updates(2.0), scale=1.0, loss=7.6, memory=rising)).scale > 1
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_not_counted(loss):
+    before = trend(2.0, 2.1)
+    after = drift_law(observe(updates(0.0), loss=loss, memory=before)).memory
+    assert after["trend"] == before["trend"]
+
+
+def test_a_trend_is_kept_in_a_bounded_memory():
+    seen = Trend()
+    for step in range(100_000):
+        seen = seen.after(float(step))
+    assert len(seen.means) <= 64
+    assert seen.recent == tuple(map(float, range(99_988, 100_000)))
+    # means of equally long stretches, all of the run among them
+    whole = sum(seen.means) * seen.width + seen.total
+    assert whole == pytest.approx(sum(range(100_000)))
+    assert len(seen.means) * seen.width + seen.count == 100_000
+    assert Trend.from_memory(seen.to_memory()) == seen
+
+
+def test_noise_alone_is_neither_a_rise_nor_a_fall():
+    random = np.random.default_rng(0)
+    said = {"falls": 0, "rises": 0}
+    for _ in range(300):
+        seen = Trend()
+        for loss in 2.0 + 0.1 * random.normal(size=12):
+            seen = seen.after(float(loss))
+        said["falls"] += seen.falls
+        said["rises"] += seen.rises
+        assert not seen.flat
+    # two standard errors, a tail each; the error itself is estimated
+    assert said["falls"] < 25
+    assert said["rises"] < 25
 
 
 def test_retain_law_gives_way_adiabatically():

@@ -188,6 +188,7 @@ def assert_history_is_sound(optimizer):
     for record in optimizer.history:
         assert record["decision"] in ("raise", "hold", "lower", "fault")
         assert isinstance(record["why"], str)
+        assert 0 <= record.get("risk", 0.0) < float("inf")
 
 
 @pytest.fixture(autouse=True)

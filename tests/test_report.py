@@ -15,7 +15,7 @@ from gapaware.report import statistics, summarize, write_figure, write_report
 from gapaware.spectrum import REGIME_BOUNDS
 
 HEADER = {"gapaware": "0.1.0", "schema": 1, "settings": {"mode": "auto", "target": None}}
-PANELS = ["loss", "singular values", "adiabaticity", "scale", "lr"]
+PANELS = ["loss", "singular values", "adiabaticity", "scale", "risk", "lr"]
 
 
 def snapshot(step, scale=1.0, lr=(1e-3,), a=0.5, gap_position=1, sigma=(4.0, 2.0, 1.0), **more):
@@ -56,7 +56,7 @@ def fault(step, why="non-finite update"):
     }
 
 
-def a_run(count=40, loss=True):
+def a_run(count=40, measured=True):
     rng = np.random.default_rng(0)
     return [
         snapshot(
@@ -65,7 +65,7 @@ def a_run(count=40, loss=True):
             a=float(np.exp(rng.normal())),
             gap_position=int(rng.integers(1, 3)),
             sigma=np.sort(rng.random(5))[::-1] + 1e-3,
-            **({"loss": 2.0 / (i + 1)} if loss else {}),
+            **({"loss": 2.0 / (i + 1), "risk": 1e-4 * (i + 1)} if measured else {}),
         )
         for i in range(count)
     ]
@@ -93,10 +93,10 @@ def texts(ax):
 def known_run():
     return [
         snapshot(10, a=0.05, loss=3.0),
-        snapshot(20, a=0.05, decision="raise", scale=2.0),
+        snapshot(20, a=0.05, decision="raise", scale=2.0, risk=0.02),
         fault(25),
         snapshot(30, a=0.5, decision="raise", scale=8.0, gap_position=2, lr=(1e-3, 5e-4)),
-        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5),
+        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01),
     ]
 
 
@@ -116,6 +116,7 @@ def test_statistics_of_a_run_worked_out_by_hand():
     assert found["seconds"] == pytest.approx(4.0)
     assert found["gapaware_share"] == pytest.approx(0.01)
     assert found["loss"] == {"first": 3.0, "last": 0.5, "lowest": 0.5}
+    assert found["risk"] == {"last": 0.01, "largest": 0.02}
     assert found["faults"] == [{"step": 25, "why": "non-finite update"}]
     json.dumps(found, allow_nan=False)
 
@@ -148,6 +149,7 @@ def test_summary_reads_as_a_table():
         "gap": "after mode 1 in 75% of snapshots (thesis: 2 in 100%), ratio R 2",
         "a": "median 0.28",
         "loss": "3 -> 0.5, lowest 0.5",
+        "risk": "of forgetting: 0.01 at the end, largest 0.02 (squared distance from the start, relative)",
         "faults": "1: step 25 (non-finite update)",
     }
 
@@ -205,8 +207,9 @@ def test_modes_above_the_gap_differ_from_those_below():
     assert "gap, mostly\nafter mode 2" in texts(ax)
 
 
-def test_loss_is_left_out_where_it_was_not_logged():
-    assert list(panels(draw(a_run(loss=False)))) == PANELS[1:]
+def test_loss_and_risk_are_left_out_where_they_were_not_recorded():
+    shown = [name for name in PANELS if name not in ("loss", "risk")]
+    assert list(panels(draw(a_run(measured=False)))) == shown
 
 
 def test_the_scale_line_shows_the_scale():
@@ -218,7 +221,7 @@ def test_the_scale_line_shows_the_scale():
 
 
 def test_several_runs_stand_side_by_side_on_the_same_axes():
-    figure = draw([a_run(), a_run(loss=False)], names=["one", "two"])
+    figure = draw([a_run(), a_run(measured=False)], names=["one", "two"])
     assert len(figure.axes) == 2 * len(PANELS)
     first, second = [ax for ax in figure.axes if ax.get_label() == "adiabaticity"]
     assert first.get_ylim() == second.get_ylim()

@@ -121,14 +121,12 @@ CHAR_LM = Task(
     base_kwargs={"weight_decay": 1e-1},
     schedule=cosine,
     clip=1.0,
-    tuned_on=True,
 )
 SMALL = replace(
     CHAR_LM,
     name="char-lm-small",
     setup=functools.partial(char_lm, width=32, context=32),
     lr=2.4e-2,
-    tuned_on=False,
 )
 STABLE = replace(SMALL, name="char-lm-small-stable", schedule=warmup_stable_decay)
 MUON = replace(SMALL, name="char-lm-small-muon", lr=2.4e-2, base=MuonAdamW)

@@ -67,7 +67,6 @@ DIGITS = Task(
     check_every=EPOCH,
     base_kwargs={"weight_decay": 1e-2},
     schedule=CosineAnnealingLR,
-    tuned_on=True,
 )
 SGD = replace(
     DIGITS,
@@ -75,5 +74,4 @@ SGD = replace(
     lr=0.2,
     base=torch.optim.SGD,
     base_kwargs={"momentum": 0.9},
-    tuned_on=False,
 )

@@ -112,10 +112,9 @@ ADD = Task(
     budget=20_000,
     target=0.95,
     base_kwargs={"weight_decay": 1.0},
-    tuned_on=True,
 )
 MULTIPLY = replace(ADD, name="modular-multiply", setup=partial(modular, operation=torch.mul))
-HELD_OUT = replace(ADD, budget=10_000, tuned_on=False)
+HELD_OUT = replace(ADD, budget=10_000)
 SQUARES = replace(HELD_OUT, name="modular-squares", setup=partial(modular, operation=squares))
 MIXED = replace(
     HELD_OUT,

@@ -1,0 +1,81 @@
+"""Means of what a person logs between two snapshots, taken without waiting for a device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware.transfer import Transfer
+
+
+class Means:
+    """Running means by name; tensors are added up where they are.
+
+    Example:
+        >>> means = Means()
+        >>> means.add("loss", torch.tensor(1.0))
+        >>> means.add("loss", 2.0)
+        >>> arrived(means.take()), arrived(means.take())
+        ({'loss': 1.5}, {})
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float | Tensor, int]] = {}
+
+    def add(self, name: str, value: float | Tensor) -> None:
+        """Count one more value, a number or a tensor of one element."""
+        if isinstance(value, Tensor):
+            # a copy, since losses are changed in place; float32, since some devices know no float64
+            value = value.detach().reshape(()).to(torch.float32, copy=True)
+        else:
+            value = float(value)
+        if name in self._sums:
+            total, count = self._sums[name]
+            if isinstance(total, Tensor) and isinstance(value, Tensor):
+                total = total.to(value.device)
+            self._sums[name] = (total + value, count + 1)
+        else:
+            self._sums[name] = (value, 1)
+
+    def take(self) -> dict[str, float | Transfer]:
+        """The means so far, perhaps on their way to the host; counting starts anew."""
+        sums, self._sums = self._sums, {}
+        return {
+            name: Transfer(total / count) if isinstance(total, Tensor) else total / count
+            for name, (total, count) in sums.items()
+        }
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Sum and count by name; waits for the sums that are still on a device.
+
+        A sum that is a tensor stays one: as a number it would be rounded otherwise from here on.
+        """
+        return {
+            name: [total.to("cpu", copy=True) if isinstance(total, Tensor) else total, count]
+            for name, (total, count) in self._sums.items()
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Means":
+        """The means that `state_dict` described; a bare number, as until 0.1.0, is one value."""
+        means = cls()
+        for name, held in state.items():
+            total, count = held if isinstance(held, list | tuple) else (held, 1)
+            if int(count) < 1:
+                raise ValueError(f"{name}: the mean of {count} values")
+            total = total.reshape(()).clone() if isinstance(total, Tensor) else float(total)
+            means._sums[str(name)] = (total, int(count))
+        return means
+
+
+def arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:
+    """Logged values as numbers; waits for those that are still on a device.
+
+    Example:
+        >>> arrived({"loss": Transfer(torch.tensor(0.5)), "accuracy": 0.9})
+        {'loss': 0.5, 'accuracy': 0.9}
+    """
+    return {
+        name: float(value.result()) if isinstance(value, Transfer) else value
+        for name, value in metrics.items()
+    }

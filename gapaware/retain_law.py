@@ -1,0 +1,24 @@
+"""The law of mode="retain": a pull towards the starting weights that gives way ever more slowly.
+
+What was tried on the way to it is in benchmarks/LOG.md.
+"""
+
+from gapaware.controller import Decision, Observation
+
+RETAIN_TARGET = 0.25
+FIRST_PULL = 0.2
+
+
+def retain_law(observation: Observation) -> Decision:
+    """Let the pull ρ towards the starting weights give way adiabatically; leave the learning rate alone.
+
+    The weights follow the equilibrium between gradient and pull at the rate ρ, so that the equilibrium may
+    move only at a rate that is small against it. With |dρ/dt| = 𝒜*·ρ², rate of change over gap squared as
+    in the adiabatic parameter 𝒜, the pull after t steps is
+
+        ρ = 1 / (1/ρ_0 + 𝒜*·t)
+
+    whatever the learning rate and the length of the run.
+    """
+    pull = 1 / (1 / FIRST_PULL + observation.target * observation.step)
+    return Decision(1.0, f"pull {pull:.2g} towards the start", pull=pull)

@@ -1,0 +1,105 @@
+"""Whether the loss falls, rises or stands still, as far as its noise allows to tell.
+
+The updates do not show a plateau on which mini-batch noise hides the drift; the loss does. All thresholds
+are in units of its own standard error, or relative to its mean.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+# flat: the last half of the run has changed the loss by less than this, relative, with its error
+FLAT = 0.015
+# rising: by more than this, relative, beside what its error says
+RISE = 0.02
+ERRORS = 2.0
+RECENT = 12
+MEANS = 64
+FEWEST = 12
+
+
+@dataclass(frozen=True)
+class Trend:
+    """The losses of a run: the last few, and means of equally long stretches of all of it.
+
+    Attributes:
+        recent: the last losses, at most 12.
+        means: of stretches of `width` losses, at most 64: when they get more, neighbours are joined.
+        width: losses in a stretch.
+        total: of the losses after the last whole stretch.
+        count: their number.
+
+    Example:
+        >>> trend = Trend()
+        >>> for step in range(100):
+        ...     trend = trend.after(1.0 / (1 + step))
+        >>> trend.falls, trend.rises, trend.flat
+        (True, False, False)
+    """
+
+    recent: tuple[float, ...] = ()
+    means: tuple[float, ...] = ()
+    width: int = 1
+    total: float = 0.0
+    count: int = 0
+
+    def after(self, loss: float) -> "Trend":
+        """The trend with one more loss."""
+        recent = (*self.recent, loss)[-RECENT:]
+        means, width, total, count = self.means, self.width, self.total + loss, self.count + 1
+        if count >= width:
+            means, total, count = (*means, total / count), 0.0, 0
+        if len(means) > MEANS:
+            # an odd number: the last one begins the first of the longer stretches
+            total, count = means[-1] * width, width
+            means = tuple((a + b) / 2 for a, b in zip(means[:-1:2], means[1::2], strict=True))
+            width *= 2
+        return Trend(recent, means, width, total, count)
+
+    @property
+    def falls(self) -> bool:
+        """Whether the second half of the recent losses is below the first, beyond its error."""
+        change, error = self._recently()
+        return change < -ERRORS * error
+
+    @property
+    def rises(self) -> bool:
+        """Whether it is above the first, beyond its error and by more than 2 %."""
+        change, error = self._recently()
+        return change > max(ERRORS * error, RISE)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the last half of the run has left the loss where it was, as is known to 1.5 %."""
+        if len(self.means) < FEWEST:
+            return False
+        change, error = _change(self.means[len(self.means) // 2 :])
+        return abs(change) + ERRORS * error < FLAT
+
+    def _recently(self) -> tuple[float, float]:
+        return _change(self.recent) if len(self.recent) == RECENT else (0.0, 0.0)
+
+    def to_memory(self) -> dict[str, Any]:
+        """Numbers and lists, for `Decision.memory`."""
+        return asdict(self)
+
+    @classmethod
+    def from_memory(cls, memory: Mapping[str, Any] | None) -> "Trend":
+        """What `to_memory` gave, perhaps through a checkpoint; an empty trend from None."""
+        if memory is None:
+            return cls()
+        return cls(**{**memory, "recent": tuple(memory["recent"]), "means": tuple(memory["means"])})
+
+
+def _change(losses: tuple[float, ...]) -> tuple[float, float]:
+    """Relative change from the first half to the second, and its error from neighbours' differences."""
+    values = np.asarray(losses)
+    half = len(values) // 2
+    before, after = values[:half], values[half:]
+    deviation = sqrt(np.square(np.diff(values)).mean() / 2)
+    error = deviation * sqrt(1 / len(before) + 1 / len(after))
+    size = abs(values.mean()) or 1.0
+    return float((after.mean() - before.mean()) / size), float(error / size)

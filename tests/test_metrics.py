@@ -1,0 +1,99 @@
+"""What is logged between two snapshots reaches the history as a mean, and survives a checkpoint."""
+
+import io
+
+import pytest
+import torch
+
+from gapaware import GapAware
+from gapaware.metrics import Means, arrived
+
+
+def test_means_of_numbers_and_tensors():
+    means = Means()
+    loss = torch.tensor([3.0], requires_grad=True)
+    for value in (1.0, loss, torch.tensor(5, dtype=torch.int64)):
+        means.add("loss", value)
+    means.add("accuracy", 0.5)
+    assert arrived(means.take()) == {"loss": 3.0, "accuracy": 0.5}
+    assert means.take() == {}
+
+
+def test_a_loss_that_is_changed_in_place_afterwards_counts_as_it_was():
+    means, loss = Means(), torch.tensor(2.0)
+    means.add("loss", loss)
+    loss.zero_()
+    assert arrived(means.take()) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_mean_saved_halfway_is_the_same_number(kind):
+    values = (0.1 * torch.arange(7.0)).exp().tolist()
+    whole, first = Means(), Means()
+    for value in values:
+        whole.add("loss", kind(value))
+    for value in values[:4]:
+        first.add("loss", kind(value))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Means.from_state_dict(torch.load(file, weights_only=True))
+    for value in values[4:]:
+        second.add("loss", kind(value))
+    assert arrived(second.take()) == arrived(whole.take())
+
+
+def test_states_of_before_there_were_means_hold_one_value():
+    means = Means.from_state_dict({"loss": 2.0})
+    means.add("loss", 4.0)
+    assert arrived(means.take()) == {"loss": 3.0}
+
+
+def test_the_mean_of_no_values_is_refused():
+    with pytest.raises(ValueError, match="mean of 0 values"):
+        Means.from_state_dict({"loss": [1.0, 0]})
+
+
+def test_the_history_and_the_controller_see_the_mean_since_the_snapshot_before():
+    seen = []
+
+    def controller(observation):
+        seen.append((observation.step, observation.loss))
+        return 1.0
+
+    p = torch.nn.Parameter(torch.randn(50))
+    optimizer = GapAware(torch.optim.SGD([p], lr=0.1), interval=3, controller=controller)
+    for step in range(30):
+        p.grad = torch.randn(50)
+        optimizer.log(loss=torch.tensor(float(step)))
+        optimizer.step()
+    # logged before the steps 1, 2, 3: losses 0, 1, 2; and so on
+    expected = {step: float(step - 2) for step in range(3, 30, 3)}
+    assert {record["step"]: record["loss"] for record in optimizer.history} == expected
+    assert seen == [item for item in expected.items() if item[0] >= seen[0][0]]
+    assert len(seen) > 3
+
+
+def test_the_controller_sees_the_norm_of_the_weights():
+    norms = []
+
+    def controller(observation):
+        norms.append((observation.row, observation.weight_norm))
+        return 1.0
+
+    groups = [torch.nn.Parameter(torch.full((n,), 2.0)) for n in (9, 16)]
+    optimizer = GapAware(
+        torch.optim.SGD([{"params": [p]} for p in groups], lr=1e-3),
+        interval=1,
+        granularity="group",
+        sketch_dim=None,
+        controller=controller,
+    )
+    for _ in range(8):
+        before = [p.norm().item() for p in groups]
+        for p in groups:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    # decided a snapshot later: at the last step, on the weights before it
+    assert [norm for _, norm in norms[-2:]] == pytest.approx(before)
+    assert len({row for row, _ in norms}) == 2
