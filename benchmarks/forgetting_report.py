@@ -12,7 +12,7 @@ from benchmarks.pareto import AT, OLD, OLD_ACCURACY, SHARES, TEST
 from recipes.table import table
 
 NEEDS = {"ewc": "ewc (OLD data)"}
-OURS = "gapaware-consolidate"
+OURS = "gapaware-distilled, then wise-ft"
 # least reductions against the best lr of the base's sweep, by share of the gain
 GOALS = {0.95: 0.40, 0.9: 0.50, 0.8: 0.65}
 GOAL_DEFAULT = 0.80  # at 90 %, against the default lr
@@ -137,7 +137,7 @@ def lr_table(runs: Runs) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
-    """The bars for consolidation: what is asked, what came out, whether it holds; none without runs."""
+    """The bars for ours: what is asked, what came out, whether it holds; none without runs."""
     runs = Runs(rows)
     cases = [case for case in runs.cases if runs.seeds(case, OURS)]
     if not cases:

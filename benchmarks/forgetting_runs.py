@@ -21,6 +21,8 @@ VIEWS: dict[str, tuple[str, str]] = {
     "wise-ft": ("base", "line"),
     "gapaware-retain": ("gapaware-retain", "trajectory"),
     "gapaware-retain, then wise-ft": ("gapaware-retain", "line"),
+    "gapaware-distilled": ("gapaware-distilled", "trajectory"),
+    "gapaware-distilled, then wise-ft": ("gapaware-distilled", "line"),
     "gapaware-consolidate": ("gapaware-consolidate", "consolidated"),
     **{
         name: (name, "trajectory")

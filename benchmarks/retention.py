@@ -45,6 +45,25 @@ def retain(run: Training) -> Curves:
     return {"trajectory": points, "line": run.line()}
 
 
+def distilled(run: Training) -> Curves:
+    """Mode "retain" and, where the old task has a head of its own, `gapaware.Distillation`, at defaults."""
+    if not run.task.fresh:
+        return retain(run)
+    anchor = {n: w for n, w in run.anchor.items() if not n.startswith(run.task.fresh)}
+
+    def old_answers(model: nn.Module, batch: Examples) -> Tensor:
+        return run.task.logits(model, Examples(batch.inputs, batch.targets, OLD))
+
+    held = gapaware.Distillation(run.model, old_answers)
+    run.held += list(held.weights.values())
+
+    def loss(model: nn.Module, batch: Examples) -> Tensor:
+        return run.task.loss(model, batch) + held(batch)
+
+    optimizer = GapAware(run.optimizer(), mode="retain", anchor=anchor)
+    return {"trajectory": run.finetune(optimizer, loss=loss), "line": run.line()}
+
+
 def l2_sp(run: Training) -> Curves:
     """Decay to the start: θ ← θ − lr·λ·(θ − θ_0) after each step (L2-SP, decoupled)."""
     optimizer = run.optimizer(weight_decay=0.0)
@@ -214,6 +233,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "base": Method(base),
     "gapaware-retain": Method(retain),
+    "gapaware-distilled": Method(distilled),
     "l2-sp": Method(l2_sp, "λ", (0.3, 1, 3, 10, 30, 100, 300)),
     "spd": Method(selective_decay, "λ", (0.3, 1, 3, 10, 30, 100, 300)),
     "ewc": Method(ewc, "λ", (1, 10, 100, 1e3, 1e4, 1e5, 1e6)),

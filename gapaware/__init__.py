@@ -6,6 +6,7 @@ from gapaware.checkpoint import OwnState
 from gapaware.composite import Composite, muon
 from gapaware.consolidate import Consolidation, consolidate, starting_weights
 from gapaware.controller import Controller, Decision, Observation
+from gapaware.distillation import Distillation
 from gapaware.distributed import Unsupported
 from gapaware.optimizer import GapAware
 from gapaware.spectrum import Spectrum
@@ -20,6 +21,7 @@ __all__ = [
     "Consolidation",
     "Controller",
     "Decision",
+    "Distillation",
     "GapAware",
     "Observation",
     "OwnState",

@@ -158,8 +158,40 @@ class GapAwareTrainerMixin(TrainerToMixInto):
     - ``gapaware/risk``: of forgetting, the squared distance from the weights at the first step relative to
       them (see ``risk_limit`` of `GapAware`), at the last snapshot known. Callbacks see it in ``on_log``.
 
-    With an optimizer that is not wrapped in GapAware it changes nothing.
+    With an optimizer that is not wrapped in GapAware it changes nothing in them.
+
+    Args:
+        distillation: a loss on a batch (a dict, as the Trainer has it) that is added in training:
+            a `gapaware.Distillation`. All other arguments are the Trainer's.
     """
+
+    def __init__(
+        self, *args: Any, distillation: Callable[[Any], Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss and, in training, the distillation's."""
+        batch = dict(inputs)  # a Trainer may take the labels out of its own
+        computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if self.distillation is None or not model.training:
+            return computed
+        loss, outputs = computed if return_outputs else (computed, None)
+        held = self.distillation(batch)
+        if self._is_scaled_for_accumulation(kwargs.get("num_items_in_batch")):
+            held = held / self.current_gradient_accumulation_steps
+        return (loss + held, outputs) if return_outputs else loss + held
+
+    def _is_scaled_for_accumulation(self, items: Any) -> bool:
+        """Whether the Trainer takes the loss for a share of the step's already, and divides it no more."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return bool(said)
+        by_model = self.model_accepts_loss_kwargs and items is not None
+        return bool(by_model or self.compute_loss_func is not None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch; this process's loss of a whole step goes into GapAware's history."""

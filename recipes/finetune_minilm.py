@@ -6,8 +6,9 @@ A sentence encoder (all-MiniLM-L6-v2, 22.7M parameters) first learns to sort BBC
 skill to keep. Then it is fine-tuned on the sentiment of tweets, from the same weights, on the same
 batches in the same order, at the same settings: once with AdamW alone, once with AdamW at a tenth of
 the learning rate, which is the obvious way to forget less, and once per GapAware mode with GapAware
-around the first AdamW. Both stages run in the Hugging Face Trainer. What AdamW and the mode "retain" came
-to is then consolidated: taken back towards the start as far as validation on other tweets allows.
+around the first AdamW; with the mode "retain" also while its answers about topics are held on the tweets.
+Both stages run in the Hugging Face Trainer. What AdamW and the mode "retain" came to is then consolidated:
+taken back towards the start as far as validation on other tweets allows.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from gapaware import consolidate
+from gapaware import Distillation, consolidate
 from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer_cls_and_kwargs
 from recipes.assets import Classification, classification, minilm
 from recipes.table import table
@@ -47,12 +48,14 @@ from recipes.table import table
 OLD, NEW = "old", "new"
 NEW_HEAD = "heads.1."
 ADAMW, ADAMW_SMALL, RETAIN = "AdamW", "AdamW, lr / 10", "GapAware (retain)"
+HELD = ", old answers held"
 CONSOLIDATED = ", consolidated"
 COLORS = {
     ADAMW: "0.75",
     ADAMW_SMALL: "0.35",
     "GapAware (auto)": "tab:blue",
     RETAIN: "tab:orange",
+    RETAIN + HELD: "tab:red",
 }
 
 
@@ -103,7 +106,7 @@ class Skills(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(encoder.config.hidden_size, n) for n in classes)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, task: Tensor, labels: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, task: Tensor, labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Classify a batch of one task, as the Trainer calls it.
 
@@ -111,15 +114,17 @@ class Skills(nn.Module):
             input_ids: token ids, (batch, length).
             attention_mask: 1 where there is a token, (batch, length).
             task: index of the head, the same for the whole batch, (batch,).
-            labels: classes, (batch,).
+            labels: classes, (batch,); ``None`` where only the answers are wanted.
 
         Returns:
-            ``loss`` (scalar) and ``logits`` (batch, classes of the task).
+            ``logits`` (batch, classes of the task), and ``loss`` (scalar) where there are labels.
         """
         tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1)
         sentence = (tokens * mask).sum(1) / mask.sum(1)
         logits = self.heads[int(task[0])](sentence)
+        if labels is None:
+            return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -186,6 +191,12 @@ class Stopwatch(TrainerCallback):
         self.seconds += time.perf_counter() - self._started
 
 
+def old_answers(model: Skills, batch: dict[str, Tensor]) -> Tensor:
+    """What the first task's head says of a batch of the second's, (batch, classes of the first)."""
+    asked = {**batch, "task": torch.zeros_like(batch["task"]), "labels": None}
+    return model(**asked)["logits"]
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of right answers, in percent."""
     right = np.argmax(prediction.predictions, axis=-1) == prediction.label_ids
@@ -204,9 +215,12 @@ def train(
     seed: int,
     output: Path,
     gapaware: dict[str, Any] | None = None,
+    hold: bool = False,
     score_every: int | None = None,
 ) -> tuple[Trainer, float]:
     """Train ``model`` in place with AdamW, and GapAware around it where ``gapaware`` has options.
+
+    With ``hold`` its answers to the first task are held to those that it gives now, on the second's texts.
 
     Returns:
         The Trainer, with its log and its optimizer, and the seconds that its steps took.
@@ -240,6 +254,7 @@ def train(
         optimizer_cls_and_kwargs=(
             None if gapaware is None else optimizer_cls_and_kwargs(args, **gapaware)
         ),
+        distillation=Distillation(model, old_answers) if hold else None,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(title))
@@ -291,6 +306,7 @@ def compare(
         (ADAMW, settings.lr, None),
         (ADAMW_SMALL, settings.lr / 10, None),
         *((f"GapAware ({mode})", settings.lr, mode) for mode in modes),
+        *((RETAIN + HELD, settings.lr, mode) for mode in modes if mode == "retain"),
     ]
     results = []
     for seed in seeds:
@@ -309,7 +325,9 @@ def compare(
         )
         start = teacher.evaluate()
         for method, lr, mode in plans:
-            log = output / f"{mode}-seed{seed}.jsonl" if mode else None
+            hold = method.endswith(HELD)
+            held = "-held" if hold else ""
+            log = output / f"{mode}{held}-seed{seed}.jsonl" if mode else None
             if log:
                 log.unlink(missing_ok=True)
             student = deepcopy(pretrained)
@@ -333,10 +351,11 @@ def compare(
                     if mode
                     else None
                 ),
+                hold=hold,
                 score_every=settings.score_every,
             )
             results.append(result(method, seed, start, trainer, seconds, log))
-            if method in (ADAMW, RETAIN):
+            if method in (ADAMW, RETAIN, RETAIN + HELD):
                 results.append(
                     taken_back(results[-1], trainer, student, pretrained, validation, settings)
                 )

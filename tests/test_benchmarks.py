@@ -477,7 +477,7 @@ def test_the_command_reads_results_and_trains_nothing(tmp_path, capsys, monkeypa
         in printed
     )
     described = json.loads(json_path.read_text())
-    assert described["groups"]["held out"]["base alone"]["ratio"] == pytest.approx(9.945, abs=0.01)
+    assert described["groups"]["tuned on"]["base alone"]["ratio"] == pytest.approx(9.945, abs=0.01)
 
 
 def test_fresh_forgets_what_depends_on_gapaware(tmp_path, monkeypatch):

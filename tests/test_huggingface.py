@@ -330,6 +330,34 @@ def test_loss_of_accumulated_batches_is_the_loss_of_the_step(tmp_path):
         assert record["loss"] == pytest.approx(logged[record["step"]], abs=1e-3)
 
 
+@pytest.mark.parametrize(("batches", "scaled"), [(1, None), (2, False), (2, True)])
+def test_distillation_is_added_to_the_loss_of_a_step_in_training_alone(tmp_path, batches, scaled):
+    """Counted once a step, however many batches that has and whoever divides their losses."""
+
+    def trained(distillation=None):
+        args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=batches)
+        trainer = trainer_for(args)
+        trainer.distillation = distillation
+        trainer.loss_is_scaled_for_ga = scaled
+        trainer.eval_dataset = ROWS[:8]
+        trainer.train()
+        return trainer
+
+    asked = []
+
+    def three(batch):
+        assert "labels" in batch
+        asked.append(len(batch["input_ids"]))
+        return torch.tensor(3.0, requires_grad=True)
+
+    plain, held = trained(), trained(three)
+    assert len(asked) == batches
+    first = [trainer.state.log_history[0]["loss"] for trainer in (plain, held)]
+    assert first[1] - first[0] == pytest.approx(3.0, abs=1e-3)
+    held.evaluate()
+    assert len(asked) == batches
+
+
 def test_mixin_in_front_of_another_trainer(tmp_path):
     class Other(Trainer):
         def compute_loss(self, *args, **kwargs):

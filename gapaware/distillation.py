@@ -1,0 +1,125 @@
+"""Learning without Forgetting (Li and Hoiem, arXiv 1606.09282), beside the pull of mode="retain".
+
+The pull holds the weights. Where the old task has a head of its own, its answers can be held as well,
+on the new task's inputs: what they depend on is then told apart from what is free to move.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gapaware import arguments
+
+
+class Distillation:
+    """A loss that holds a model to its old answers while it learns something new.
+
+    strength · T² · KL(answers before ‖ answers now), both softened by the temperature T, mean over
+    everything but the classes. Needs no old data. Use it where old and new task have heads of their own:
+    with one head for both, the old answers to new inputs contradict the new ones.
+
+    Args:
+        model: before fine-tuning; it is called at each step with the weights of now and of then.
+        answers: `answers(model, batch)`, the old task's logits on a batch of the new one's inputs,
+            (..., classes). Reaches everything through the model that it is given.
+        weights: of the start, by name; None copies the model's own now, parameters and buffers.
+        strength: of the loss beside the new task's.
+        temperature: T. Above 1 unlikely classes count too.
+
+    Raises:
+        ValueError: strength or temperature is not positive, or `weights` lacks some or has others.
+
+    Example:
+        >>> trunk, old_head, new_head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.ModuleDict({"trunk": trunk, "old": old_head, "new": new_head})
+        >>> held = Distillation(model, lambda model, x: model["old"](model["trunk"](x)))
+        >>> x = torch.randn(5, 4)
+        >>> round(held(x).item(), 6)
+        0.0
+        >>> with torch.no_grad():
+        ...     _ = trunk.weight.mul_(2)
+        >>> held(x).item() > 0
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        answers: Callable[[Any, Any], Tensor],
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        strength: float = 3.0,
+        temperature: float = 2.0,
+    ) -> None:
+        self.strength = arguments.positive("strength", strength, why="how much old answers count")
+        self.temperature = arguments.positive("temperature", temperature, why="how soft they are")
+        self._asked = _Asked(model, answers)
+        own = dict(_tensors(model))
+        given = own if weights is None else {name: weights[name] for name in own if name in weights}
+        if missing := own.keys() - given.keys():
+            raise ValueError(
+                f"weights: lacks {sorted(missing)[0]!r} and {len(missing) - 1} more of the model; pass "
+                "its state_dict() from before fine-tuning, or leave them out to copy it now"
+            )
+        self.weights = {
+            name: w.detach().to(own[name].device, copy=True) for name, w in given.items()
+        }
+
+    def __call__(self, batch: Any) -> Tensor:
+        """The loss on a batch, to be added to the new task's: a scalar that gradients flow through.
+
+        Raises:
+            ValueError: the answers are single numbers, which have no distribution over classes.
+        """
+        with torch.no_grad(), _evaluating(self._asked.model):
+            then = self._softened(self._answers_then(batch))
+        now = self._softened(self._asked(batch))
+        apart = F.kl_div(now, then, log_target=True, reduction="batchmean")
+        return self.strength * self.temperature**2 * apart
+
+    def _answers_then(self, batch: Any) -> Tensor:
+        weights = {f"model.{name}": tensor for name, tensor in self.weights.items()}
+        answered: Tensor = functional_call(self._asked, weights, (batch,))
+        return answered
+
+    def _softened(self, logits: Tensor) -> Tensor:
+        if logits.ndim < 2 or logits.shape[-1] < 2:
+            raise ValueError(
+                f"answers: gave logits of shape {tuple(logits.shape)}; return (..., classes) with at "
+                "least two, for a single number per example torch.stack((z, 0 * z), -1)"
+            )
+        return F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1)
+
+
+class _Asked(nn.Module):
+    """The answers as a module, whose weights can be replaced for a call."""
+
+    def __init__(self, model: nn.Module, answers: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.answers = answers
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.answers(self.model, batch)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and with fixed statistics, each module back in its mode afterwards."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True

@@ -1,0 +1,137 @@
+"""Distillation holds a model to its old answers, computed from the starting weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gapaware import Distillation
+
+
+def two_heads(dropout=0.0):
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout))
+    return nn.ModuleDict({"trunk": trunk, "old": nn.Linear(16, 3), "new": nn.Linear(16, 2)})
+
+
+def old_answers(model, x):
+    return model["old"](model["trunk"](x))
+
+
+def disturb(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+
+
+def test_it_is_the_divergence_from_a_copy_in_evaluation_mode():
+    model = two_heads(dropout=0.5).train()
+    teacher = copy.deepcopy(model).eval()
+    held = Distillation(model, old_answers, strength=3.0, temperature=1.5)
+    disturb(model)
+    model["trunk"][3].p = 0.0  # so that the student's answers are no matter of chance
+    x = torch.randn(20, 6)
+    loss = held(x)
+    with torch.no_grad():
+        then = F.softmax(old_answers(teacher, x) / 1.5, -1)
+        now = F.log_softmax(old_answers(model, x) / 1.5, -1)
+    expected = 3.0 * 1.5**2 * (then * (then.log() - now)).sum(-1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(module.training for module in model.modules())
+
+
+def test_gradients_reach_what_answers_and_nothing_else():
+    model = two_heads()
+    held = Distillation(model, old_answers)
+    disturb(model)
+    held(torch.randn(8, 6)).backward()
+    assert model["trunk"][0].weight.grad.abs().sum() > 0
+    assert model["old"].weight.grad.abs().sum() > 0
+    assert model["new"].weight.grad is None
+    assert not any(tensor.requires_grad for tensor in held.weights.values())
+
+
+def test_the_teacher_leaves_running_statistics_alone():
+    model = two_heads().train()
+    held = Distillation(model, old_answers)
+    before = {name: b.clone() for name, b in held.weights.items()}
+    held(torch.randn(8, 6))
+    norm = model["trunk"][1]
+    assert norm.num_batches_tracked == 1  # the student's own pass
+    assert all(torch.equal(before[name], tensor) for name, tensor in held.weights.items())
+
+
+def test_training_with_it_forgets_less():
+    torch.manual_seed(1)
+    x = torch.randn(400, 6)
+    old, new = (x[:, :3].argmax(1), (x[:, 3] * x[:, 0] > 0).long())
+    pretrained = two_heads()
+
+    def train(model, loss_of, steps=150):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    def old_loss(model):
+        with torch.no_grad():
+            return F.cross_entropy(old_answers(model.eval(), x), old).item()
+
+    train(pretrained, lambda m: F.cross_entropy(old_answers(m, x), old))
+    start, rises, learnt = old_loss(pretrained), [], []
+    for held in (False, True):
+        model = copy.deepcopy(pretrained).train()
+        distillation = Distillation(model, old_answers)
+
+        def loss(m, held=held, distillation=distillation):
+            task = F.cross_entropy(m["new"](m["trunk"](x)), new)
+            return task + distillation(x) if held else task
+
+        train(model, loss)
+        rises.append(old_loss(model) - start)
+        with torch.no_grad():
+            learnt.append(F.cross_entropy(model["new"](model["trunk"](x)), new).item())
+    assert rises[1] < 0.3 * rises[0]
+    assert learnt[1] < 0.5
+
+
+def test_weights_given_by_name_are_the_start():
+    model = two_heads()
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    disturb(model)
+    x = torch.randn(4, 6)
+    assert Distillation(model.eval(), old_answers)(x).item() == pytest.approx(0.0, abs=1e-6)
+    assert Distillation(model, old_answers, weights=start)(x).item() > 1e-3
+
+
+def test_longer_answers_count_each_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    held = Distillation(model, lambda m, tokens: m(tokens))
+    disturb(model)
+    tokens = torch.randint(9, (3, 5))
+    whole = held(tokens)
+    parts = [held(tokens[i : i + 1]) for i in range(3)]
+    assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0.0}, "strength=0.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"weights": {}}, "weights: lacks"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation(two_heads(), old_answers, **arguments)
+
+
+def test_single_numbers_are_refused():
+    model = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"shape \(4, 1\)"):
+        Distillation(model, lambda m, x: m(x))(torch.randn(4, 3))
