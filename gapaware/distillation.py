@@ -53,7 +53,7 @@ class Distillation:
         answers: Callable[[Any, Any], Tensor],
         *,
         weights: Mapping[str, Tensor] | None = None,
-        strength: float = 3.0,
+        strength: float = 2.0,
         temperature: float = 2.0,
     ) -> None:
         self.strength = arguments.positive("strength", strength, why="how much old answers count")
