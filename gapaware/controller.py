@@ -161,7 +161,7 @@ def plain(value: Any) -> Any:
         >>> plain({"best": np.float64(0.5), "seen": (1, np.arange(2))})
         {'best': 0.5, 'seen': [1, [0, 1]]}
     """
-    if value is None or isinstance(value, bool):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
         return str(value)

@@ -172,16 +172,22 @@ class GapAwareTrainerMixin(TrainerToMixInto):
         self.distillation = distillation
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss and, in training, the distillation's."""
         batch = dict(inputs)  # a Trainer may take the labels out of its own
-        computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        computed: Any = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
         if self.distillation is None or not model.training:
             return computed
         loss, outputs = computed if return_outputs else (computed, None)
         held = self.distillation(batch)
-        if self._is_scaled_for_accumulation(kwargs.get("num_items_in_batch")):
+        if self._is_scaled_for_accumulation(num_items_in_batch):
             held = held / self.current_gradient_accumulation_steps
         return (loss + held, outputs) if return_outputs else loss + held
 

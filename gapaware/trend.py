@@ -5,7 +5,7 @@ are in units of its own standard error, or relative to its mean.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -84,7 +84,8 @@ class Trend:
 
     def to_memory(self) -> dict[str, Any]:
         """Numbers and lists, for `Decision.memory`."""
-        return asdict(self)
+        # `asdict` would copy number by number, at every snapshot
+        return {**vars(self), "recent": list(self.recent), "means": list(self.means)}
 
     @classmethod
     def from_memory(cls, memory: Mapping[str, Any] | None) -> "Trend":
