@@ -355,7 +355,7 @@ def compare(
                 score_every=settings.score_every,
             )
             results.append(result(method, seed, start, trainer, seconds, log))
-            if method in (ADAMW, RETAIN, RETAIN + HELD):
+            if method in (ADAMW, RETAIN):
                 results.append(
                     taken_back(results[-1], trainer, student, pretrained, validation, settings)
                 )
