@@ -5,7 +5,7 @@ Gram matrix of the whole model is the sum over the rows.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,18 @@ class Row:
         name: for logs, such as "group 0" or "group 1: encoder.layer.3".
         group: index of the parameter group.
         parameters: the trainable parameters, in the group's order.
-        size: number of real numbers in them, over all ranks.
+        sizes: number of real numbers in each of them, over all ranks.
     """
 
     name: str
     group: int
     parameters: tuple[Tensor, ...]
-    size: int
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of real numbers in all of them."""
+        return sum(self.sizes)
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -44,10 +49,10 @@ class Row:
             Pairs (flat real tensor, place in the row).
         """
         place = 0
-        for parameter in self.parameters:
+        for parameter, size in zip(self.parameters, self.sizes, strict=True):
             if parameter.device == device and sharing.counts(parameter):
                 yield from local_pieces(parameter, place)
-            place += real_size(parameter)
+            place += size
 
     def signature(self) -> tuple[str, int, int]:
         """What has to stay the same for two sketches of the row to be comparable."""
@@ -70,18 +75,12 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
         >>> [row.size for row in rows([{"params": list(layer.parameters())}], "block")]
         [6, 2]
     """
-    block_of: Callable[[dict[str, Any], int], str]
-    block_of = _block if granularity == "block" else (lambda group, index: "")
     result = []
     for number, group in enumerate(param_groups):
-        blocks: dict[str, list[Tensor]] = {}
-        for index, parameter in enumerate(group["params"]):
-            if parameter.requires_grad:
-                blocks.setdefault(block_of(group, index), []).append(parameter)
-        for block, parameters in blocks.items():
+        for block, parameters in _blocks(group, granularity).items():
             name = f"{group_name(number)}: {block}" if block else group_name(number)
-            size = sum(map(real_size, parameters))
-            result.append(Row(name, number, tuple(parameters), size))
+            sizes = tuple(map(real_size, parameters))
+            result.append(Row(name, number, tuple(parameters), sizes))
     return result
 
 
@@ -93,6 +92,18 @@ def group_name(number: int) -> str:
 def real_size(parameter: Tensor) -> int:
     """Number of real numbers in a whole parameter: a complex element has two."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def _blocks(group: dict[str, Any], granularity: str) -> dict[str, list[Tensor]]:
+    """The trainable parameters of a group by block; all in one, "", unless `granularity` is "block"."""
+    if granularity != "block":
+        trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
+        return {"": trainable} if trainable else {}
+    blocks: dict[str, list[Tensor]] = {}
+    for index, parameter in enumerate(group["params"]):
+        if parameter.requires_grad:
+            blocks.setdefault(_block(group, index), []).append(parameter)
+    return blocks
 
 
 def _block(group: dict[str, Any], index: int) -> str:

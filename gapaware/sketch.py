@@ -21,7 +21,8 @@ error stays below about 1e-6 of its value, whatever the size of the model.
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ CHUNK = 131_071
 CHUNKS_PER_FLUSH = 64
 # elements of a tensor that is not worth an addition of its own
 SMALL = 16_384
+# additions made ready at a time: few enough, since those of small tensors are copies of up to a chunk
+BATCH = 32
 
 _SIGN_STREAM, _OFFSET_STREAM, _FLIP_STREAM, _BUCKET_STREAM = range(4)
 
@@ -96,6 +99,41 @@ def _host_tables(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sign_table(seed)), torch.from_numpy(buckets(dim, seed))
 
 
+class _Target(NamedTuple):
+    """Where a part of a chunk is added.
+
+    Attributes:
+        total: view of the sums there.
+        signs: of its elements.
+        flip: sign of the chunk.
+        end: place after the last.
+    """
+
+    total: Tensor
+    signs: Tensor
+    flip: float
+    end: int
+
+
+class _Workspace(NamedTuple):
+    """What a sketch needs on a device.
+
+    Attributes:
+        signs: see `sign_table`.
+        bucket: see `buckets`; on a GPU `_gather_order` of it.
+        low: float32 sums, (CHUNK,), zero between sketches.
+        high: float64 sums, (CHUNK + 1,), zero between sketches.
+        targets: by chunk, start, length and whether the sums are float64: kept, since to make views takes
+            longer than a short addition.
+    """
+
+    signs: Tensor
+    bucket: Tensor
+    low: Tensor
+    high: Tensor
+    targets: dict[tuple[int, int, int, bool], _Target]
+
+
 class CountSketch:
     """A linear map R^P → R^dim for any P, defined by `dim` and `seed` alone.
 
@@ -114,11 +152,12 @@ class CountSketch:
     def __init__(self, dim: int, seed: int) -> None:
         self.dim = dim
         self.seed = seed
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._workspaces: dict[torch.device, _Workspace] = {}
         self._fused: dict[torch.device, Fused] = {}
         self._offsets: list[int] = []
         self._flips: list[float] = []
 
+    @torch.no_grad()
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
     ) -> Tensor:
@@ -136,34 +175,27 @@ class CountSketch:
             pieces = list(pieces)
             device = pieces[0][0].device if pieces else torch.device("cpu")
         # taken away until the end: after an exception there would be remainders in the sums
-        workspace = self._buffers.pop(device, None) or self._new_workspace(device)
-        signs, bucket, low, high = workspace
+        workspace = self._workspaces.pop(device, None) or self._new_workspace(device)
+        low, high = workspace.low, workspace.high
         reach, depth, before = 0, 0, -1
-        for flat, place in _joined(pieces):
-            chunk, start = divmod(place, CHUNK)
-            for part in _split(flat, CHUNK - start):
+        additions = self._additions(pieces, workspace)
+        # several at a time, since an addition sweeps what makes the next one out of the cache
+        while batch := list(islice(additions, BATCH)):
+            for chunk, part, (total, signs, flip, end) in batch:
                 if chunk != before:  # parts of one chunk go to different places
                     if depth == CHUNKS_PER_FLUSH:
                         high.narrow(0, 0, reach).add_(low.narrow(0, 0, reach))
                         low.narrow(0, 0, reach).zero_()
                         depth = 0
                     before, depth = chunk, depth + 1
-                length = part.numel()
-                offset, flip = self._chunk(chunk)
-                # float64 parameters would lose what they are there for in a float32 sum
-                total = high if part.dtype == torch.float64 else low
-                # as_strided, since narrow takes several times as long
-                total.as_strided((length,), (1,), start).addcmul_(
-                    part, signs.as_strided((length,), (1,), offset + start), value=flip
-                )
-                reach = max(reach, start + length)
-                chunk, start = chunk + 1, 0
+                total.addcmul_(part, signs, value=flip)
+                reach = max(reach, end)
         total = high.narrow(0, 0, reach)
         total.add_(low.narrow(0, 0, reach))
-        folded = self._fold(high, bucket, reach)
+        folded = self._fold(high, workspace.bucket, reach)
         total.zero_()
         low.narrow(0, 0, reach).zero_()
-        self._buffers[device] = workspace
+        self._workspaces[device] = workspace
         return folded
 
     def rows(
@@ -200,29 +232,52 @@ class CountSketch:
             self._fused[device] = Fused(self.dim, self.seed, device)
         return self._fused[device](rows, resident, key, lambda pieces: self(pieces, device))
 
-    def _chunk(self, chunk: int) -> tuple[int, float]:
+    def _additions(
+        self, pieces: Iterable[tuple[Tensor, int]], workspace: _Workspace
+    ) -> Iterator[tuple[int, Tensor, _Target]]:
+        """The pieces as (chunk, part of that chunk, where it goes)."""
+        for flat, place in _joined(pieces):
+            chunk, start = divmod(place, CHUNK)
+            for part in _split(flat, CHUNK - start):
+                key = (chunk, start, part.numel(), part.dtype == torch.float64)
+                if key not in workspace.targets:
+                    workspace.targets[key] = self._target(workspace, *key)
+                yield chunk, part, workspace.targets[key]
+                chunk, start = chunk + 1, 0
+
+    def _target(
+        self, workspace: _Workspace, chunk: int, start: int, length: int, exact: bool
+    ) -> _Target:
         if chunk >= len(self._offsets):
             more = np.arange(len(self._offsets), 2 * chunk + 64)
             self._offsets += chunk_offsets(more, self.seed).tolist()
             self._flips += chunk_flips(more, self.seed).tolist()
-        return self._offsets[chunk], self._flips[chunk]
+        # float64 parameters would lose what they are there for in a float32 sum
+        total = workspace.high if exact else workspace.low
+        return _Target(
+            total.narrow(0, start, length),
+            workspace.signs.narrow(0, self._offsets[chunk] + start, length),
+            self._flips[chunk],
+            start + length,
+        )
 
     def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
         if total.device.type == "cpu":
             folded = total.new_zeros(self.dim)
-            return folded.index_add_(0, bucket.narrow(0, 0, reach), total.narrow(0, 0, reach))
-        # index_add_ on a GPU adds in any order; gathering gives the same bits on every run
+            return folded.scatter_add_(0, bucket.narrow(0, 0, reach), total.narrow(0, 0, reach))
+        # scatter_add_ on a GPU adds in any order; gathering gives the same bits on every run
         return total.index_select(0, bucket).view(-1, self.dim).sum(0)
 
-    def _new_workspace(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _new_workspace(self, device: torch.device) -> _Workspace:
         signs, bucket = _host_tables(self.dim, self.seed)
         if device.type != "cpu":
             bucket = _gather_order(bucket, self.dim)
-        return (
+        return _Workspace(
             send(signs, device),
             send(bucket, device),
             torch.zeros(CHUNK, dtype=torch.float32, device=device),
             torch.zeros(CHUNK + 1, dtype=torch.float64, device=device),
+            {},
         )
 
     def __getstate__(self) -> dict[str, int]:
@@ -246,6 +301,7 @@ class Identity:
     def __init__(self, dim: int) -> None:
         self.dim = dim
 
+    @torch.no_grad()
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
     ) -> Tensor:

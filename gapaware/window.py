@@ -78,8 +78,8 @@ class Window:
         self._ring[slot] = update
         self._rates[slot] = rates
         # what changes in the Gram matrix; with the newest update as the ring has it
-        newest = torch.stack((self._ring[slot].to(theta), theta))
-        products = torch.einsum("wrd,krd->rkw", self._ring.to(theta), newest)
+        newest = torch.stack((self._ring[slot].to(theta), theta), dim=1)
+        products = newest @ self._ring.to(theta).permute(1, 2, 0)
         self._gram[:, slot, :-1] = self._gram[:, :-1, slot] = products[:, 0]
         self._gram[:, -1, :-1] = self._gram[:, :-1, -1] = products[:, 1]
         self._gram[:, -1, -1] = theta.square().sum(-1)
