@@ -57,6 +57,10 @@ class Window:
         self._gram = torch.zeros(
             rows, self.capacity + 1, self.capacity + 1, dtype=torch.float64, device=device
         )
+        # of the updates and the parameters now: each update, and minus the parameters before it
+        ones = self._gram.new_ones(self.capacity, self.capacity)
+        before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
+        self._sums = torch.stack((torch.eye(*before.shape, out=torch.empty_like(before)), before))
 
     def __len__(self) -> int:
         return min(self.pushed, self.capacity)
@@ -82,7 +86,7 @@ class Window:
         products = newest @ self._ring.to(theta).permute(1, 2, 0)
         self._gram[:, slot, :-1] = self._gram[:, :-1, slot] = products[:, 0]
         self._gram[:, -1, :-1] = self._gram[:, :-1, -1] = products[:, 1]
-        self._gram[:, -1, -1] = theta.square().sum(-1)
+        self._gram[:, -1, -1] = torch.linalg.vecdot(theta, theta)
         self.pushed += 1
 
     def gram(self) -> Tensor:
@@ -97,11 +101,9 @@ class Window:
         chosen = torch.cat((order, order.new_full((1,), self.capacity)))
         known = self._gram.index_select(1, chosen).index_select(2, chosen)
         # updates and decay parts as sums of the n updates and the parameters now, (2, rows, n, n + 1)
-        ones = known.new_ones(n, n)
-        before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
+        updates, before = self._sums[:, self.capacity - n :, self.capacity - n :]
         decays = self._rates.index_select(0, order).mT[..., None] * before
-        updates = torch.eye(n, n + 1, dtype=known.dtype, device=known.device).expand_as(decays)
-        parts = torch.stack((updates, decays))
+        parts = torch.stack((updates.expand_as(decays), decays))
         return (parts @ known)[:, None] @ parts.mT
 
     def squared_norms(self) -> Tensor:
@@ -111,7 +113,7 @@ class Window:
     def to(self, device: torch.device) -> None:
         """Move the window to another device."""
         self._ring, self._gram = send(self._ring, device), send(self._gram, device)
-        self._rates = send(self._rates, device)
+        self._rates, self._sums = send(self._rates, device), send(self._sums, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The window as tensors and numbers."""
