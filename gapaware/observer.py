@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ class Observer:
 
     def restart(self) -> None:
         """Forget everything that was seen, but not where training began: it outlasts a fault."""
-        self._sound: Transfer | None = None
+        self._sum: Transfer | None = None
         self._trouble = ""
         self._spoilt = False
         self._signature: list[tuple[str, int, int]] = []
@@ -195,7 +196,7 @@ class Observer:
         Raises:
             NotFinite: it has NaN or infinity, from a parameter or because a rank had a fault.
         """
-        if self._sound is None or bool(self._sound.result()):
+        if self._sum is None or isfinite(self._sum.result()):
             return
         raise NotFinite(f"NaN or infinity in the sketch of the parameters{self._trouble}")
 
@@ -275,7 +276,7 @@ class Observer:
         self._window.to(now.device)
         rates = _column([0.0 if rate is None else rate for rate in self._rates])
         self._window.push(now - last, now, send(rates, now.device))
-        lrs = Transfer(_column(self._lr_sums) / max(self._span, 1))
+        lrs = Transfer(_column([total / max(self._span, 1) for total in self._lr_sums]))
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
         self._last, self._span = now, 0
@@ -318,8 +319,8 @@ class Observer:
             sketches.fill_(float("nan"))
         self._spoilt = False
         among.add_up(sketches)
-        # of the sum, which takes a fifth of the time: it is finite where all numbers are
-        self._sound = Transfer(sketches.sum().isfinite())
+        # finite where all numbers are, at a fifth of the cost of looking at each
+        self._sum = Transfer(sketches.sum())
         return sketches
 
     def _sketch_of(self, rows: Sequence[layout.Row], home: torch.device, among: Sharing) -> Tensor:
@@ -366,7 +367,7 @@ class Observer:
         self._start = None if start is None else Start.from_state_dict(start, self._dtype())
         if state["last"] is not None:
             self._last = state["last"].to(torch.float64).clone()
-            self._sound = Transfer(self._last.isfinite().all())
+            self._sum = Transfer(self._last.sum())
             self._window = Window.from_state_dict(state["window"], self._last, self._dtype())
             if self.settings["sketch_dim"] is None:
                 self._sketch = Identity(self._last.shape[1])

@@ -8,6 +8,7 @@ The part of an update that is weight decay is −ρ times the parameters before 
 now less all updates since: its inner products follow from those of the updates and of the parameters now.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,12 +98,12 @@ class Window:
             between UPDATE and DECAY for the two sides. A new tensor.
         """
         n = len(self)
-        order = torch.arange(self.pushed - n, self.pushed, device=self._gram.device) % self.capacity
-        chosen = torch.cat((order, order.new_full((1,), self.capacity)))
-        known = self._gram.index_select(1, chosen).index_select(2, chosen)
+        oldest = (self.pushed - n) % self.capacity
+        order = _order(oldest, n, self.capacity, self._gram.device)
+        known = self._gram.index_select(1, order).index_select(2, order)
         # updates and decay parts as sums of the n updates and the parameters now, (2, rows, n, n + 1)
         updates, before = self._sums[:, self.capacity - n :, self.capacity - n :]
-        decays = self._rates.index_select(0, order).mT[..., None] * before
+        decays = self._rates.index_select(0, order[:-1]).mT[..., None] * before
         parts = torch.stack((updates.expand_as(decays), decays))
         return (parts @ known)[:, None] @ parts.mT
 
@@ -161,3 +162,10 @@ class Window:
             rates = -(decay * place).sum(-1) / place.square().sum(-1).clamp(min=1e-300)
             place = place + update
             self.push(update, theta, rates)
+
+
+@lru_cache(maxsize=256)
+def _order(oldest: int, n: int, capacity: int, device: torch.device) -> Tensor:
+    """Where the Gram matrix of a ring has n updates, the oldest first, and then the parameters."""
+    slots = torch.arange(oldest, oldest + n, device=device) % capacity
+    return torch.cat((slots, slots.new_full((1,), capacity)))
