@@ -23,14 +23,18 @@ LEAST_DRIFT = 0.2
 WINDOW_GROWTH = 4.0
 # by coherence
 COHERENT = 0.5
+LEAST_COHERENT_GROWTH = 1.3
 FEWEST_UPDATES = 6
 # by the loss
 PROBING = 1.16
 RETREAT = 0.9
+LEAP = 1.5
+PATIENCE = 100
+RETURN = 0.8
 # what holds growth
 QUIET = 3.0
 ANNEALED = 0.5
-STRIDE = 0.2
+STRIDE = 0.15
 # after a spike
 SPIKE_GROWTH = 2.0
 SPIKE_ALIGNMENT = 0.5
@@ -46,13 +50,19 @@ def drift_law(observation: Observation) -> Decision:
     the factor f. With n the thirds of the momentum's memory that an update spans, 1 at most:
 
         f · min(((c − s)/c*)^gain, growth)^n    where c − s > c*: steady drift; 4-fold in a window at most
-        f · (1/2 + q)^n                         where q > 1/2, q the least of c − s, persistence and
+        f · max(1/2 + q, 1.3)^n                 where q > 1/2, q the least of c − s, persistence and
                                                 alignment: every update goes the same way
+        f · leap^n                              where the loss is still where the run began, as is known
+                                                to 1.5 %, and the window is full
         f · probing^n                           where the loss has stood still for half of the run
         f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls
         f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
+
+    As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
+    shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a fifth at a time
+    and does not leap again.
 
     Only coherence acts before the window is full. f does not grow where a > 3, unless the loss stands
     still; nor while the schedule warms up, nor so far that a step moves the weights by more than a fifth of
@@ -78,7 +88,11 @@ def drift_law(observation: Observation) -> Decision:
     if observation.lrs[-1] < ANNEALED * peak:
         why = f"{figures}: the schedule cools down, hold"
         return Decision(observation.scale, why, memory=memory)
-    factor, why = _wanted(observation, motion, trend or Trend())
+    trend = trend or Trend()
+    explored = int(memory.get("explored", 0))
+    if observation.scale > 1:
+        memory["explored"] = _explored(explored, trend)
+    factor, why = _wanted(observation, motion, trend, explored)
     limit = _limit(observation)
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
@@ -126,24 +140,49 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
     return _Motion(full, seen, newest(gram, spans, memory), a), ""
 
 
-def _wanted(observation: Observation, motion: _Motion, trend: Trend) -> tuple[float, str]:
+def _wanted(
+    observation: Observation, motion: _Motion, trend: Trend, explored: int
+) -> tuple[float, str]:
     """The factor on f that drift, coherence and loss ask for."""
     thirds, seen, last = _thirds(observation), motion.drift, motion.newest
     factor, why = 1.0, "the window is filling"
     if motion.full:
         factor, why = _by_drift(observation, seen)
     coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
-    if coherence > COHERENT and (0.5 + coherence) ** thirds > factor:
-        factor, why = (0.5 + coherence) ** thirds, "coherent motion, grow fast"
+    fast = max(0.5 + coherence, LEAST_COHERENT_GROWTH) ** thirds
+    if coherence > COHERENT and fast > factor:
+        factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
         factor, why = 1.0, "the loss falls, hold"
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
+    if trend.lifted and explored < PATIENCE:
+        return _on_the_first_plateau(motion, trend, thirds, factor, why)
+    if trend.lost and explored and observation.scale > 1:
+        return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
-        factor, why = min(factor, RETREAT**thirds), "the loss rises, shrink"
-    elif motion.full and trend.flat and factor < PROBING**thirds:
-        factor, why = PROBING**thirds, "the loss stands still, grow"
+        return min(factor, RETREAT**thirds), "the loss rises, shrink"
+    if motion.full and trend.flat and factor < PROBING**thirds:
+        return PROBING**thirds, "the loss stands still, grow"
     return factor, why
+
+
+def _on_the_first_plateau(
+    motion: _Motion, trend: Trend, thirds: float, factor: float, why: str
+) -> tuple[float, str]:
+    """The factor on f while nothing has been gained yet that could be lost."""
+    if motion.full and trend.unmoved and factor < LEAP**thirds:
+        return LEAP**thirds, "nothing gained yet, grow fast"
+    if factor < 1 or trend.rises:
+        return 1.0, "nothing gained yet that could be lost, hold"
+    return factor, why
+
+
+def _explored(explored: int, trend: Trend) -> int:
+    """Snapshots on the first plateau at a raised factor; all of the patience once the loss got lost."""
+    if explored and trend.lost:
+        return PATIENCE
+    return explored + 1 if trend.lifted and explored < PATIENCE else explored
 
 
 def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:

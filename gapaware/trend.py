@@ -6,13 +6,16 @@ are in units of its own standard error, or relative to its mean.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 # flat: the last half of the run has changed the loss by less than this, relative, with its error
 FLAT = 0.015
+# still on the plateau where the run began: above it by less than this
+LIFT = 0.06
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
 ERRORS = 2.0
@@ -36,8 +39,8 @@ class Trend:
         >>> trend = Trend()
         >>> for step in range(100):
         ...     trend = trend.after(1.0 / (1 + step))
-        >>> trend.falls, trend.rises, trend.flat
-        (True, False, False)
+        >>> trend.falls, trend.rises, trend.flat, trend.unmoved
+        (True, False, False, False)
     """
 
     recent: tuple[float, ...] = ()
@@ -61,13 +64,14 @@ class Trend:
 
     @property
     def falls(self) -> bool:
-        """Whether the second half of the recent losses is below the first, beyond its error."""
+        """Whether the second half of the recent losses is below the first by more than its error."""
         change, error = self._recently()
-        return change < -ERRORS * error
+        # a false alarm only holds a factor, a miss takes it away
+        return change < -error
 
     @property
     def rises(self) -> bool:
-        """Whether it is above the first, beyond its error and by more than 2 %."""
+        """Whether it is above the first by more than twice its error and 2 %."""
         change, error = self._recently()
         return change > max(ERRORS * error, RISE)
 
@@ -78,6 +82,36 @@ class Trend:
             return False
         change, error = _change(self.means[len(self.means) // 2 :])
         return abs(change) + ERRORS * error < FLAT
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the loss is where the run began, as is known to 1.5 %: nothing has been gained yet."""
+        change, error = self._since_the_start()
+        return abs(change) + error < FLAT
+
+    @property
+    def lifted(self) -> bool:
+        """Whether it is there or up to 6 % above: nothing to lose."""
+        change, error = self._since_the_start()
+        return change - error > -FLAT and change + error < LIFT
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is more than 6 % above where the run began."""
+        change, error = self._since_the_start()
+        return change - error > -FLAT and change + error >= LIFT
+
+    def _since_the_start(self) -> tuple[float, float]:
+        """Relative change from the first half of the run to the newest losses, and its error."""
+        if len(self.recent) < RECENT:
+            return inf, inf
+        before, after = np.array_split(self.means, 2)
+        level, newest = float(np.median(before)), self.recent[RECENT // 2 :]
+        size = abs(level) or 1.0
+        if np.median(after) < level - FLAT * size:
+            return inf, inf  # it had left, and came back
+        error = ERRORS * _deviation(self.recent) / sqrt(len(newest))
+        return (fmean(newest) - level) / size, error / size
 
     def _recently(self) -> tuple[float, float]:
         return _change(self.recent) if len(self.recent) == RECENT else (0.0, 0.0)
@@ -100,7 +134,11 @@ def _change(losses: tuple[float, ...]) -> tuple[float, float]:
     values = np.asarray(losses)
     half = len(values) // 2
     before, after = values[:half], values[half:]
-    deviation = sqrt(np.square(np.diff(values)).mean() / 2)
-    error = deviation * sqrt(1 / len(before) + 1 / len(after))
+    error = _deviation(losses) * sqrt(1 / len(before) + 1 / len(after))
     size = abs(values.mean()) or 1.0
     return float((after.mean() - before.mean()) / size), float(error / size)
+
+
+def _deviation(losses: tuple[float, ...]) -> float:
+    """Standard deviation of the noise, from the differences of neighbours."""
+    return sqrt(np.square(np.diff(losses)).mean() / 2)
