@@ -65,7 +65,7 @@ def drift_law(observation: Observation) -> Decision:
     and does not leap again.
 
     Only coherence acts before the window is full. f does not grow where a > 3, unless the loss stands
-    still; nor while the schedule warms up, nor so far that a step moves the weights by more than a fifth of
+    still; nor while the schedule warms up, nor so far that a step moves the weights by more than 15 % of
     their norm; and it stays once the schedule has come down below half of its peak.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
@@ -202,7 +202,7 @@ def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
 
 
 def _limit(observation: Observation) -> float:
-    """The factor on f at which a step moves the weights by a fifth of their norm."""
+    """The factor on f at which a step moves the weights by 15 % of their norm."""
     step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
     factor_then = float(observation.scales[-1])
     return STRIDE * observation.weight_norm / step * factor_then / observation.scale

@@ -8,9 +8,12 @@ from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
     DRIFT_TARGET,
     GROWTH,
+    LEAP,
+    PATIENCE,
     PROBING,
     RECOVERY,
     RETREAT,
+    RETURN,
     STRIDE,
     WINDOW_GROWTH,
     drift_law,
@@ -250,7 +253,7 @@ def test_longer_updates_in_the_same_direction_are_no_spike():
     assert decision.scale >= 4.0
 
 
-def test_a_step_moves_the_weights_by_a_fifth_of_their_norm_at_most():
+def test_a_step_moves_the_weights_by_a_share_of_their_norm_at_most():
     x = updates(2.0)
     step = np.linalg.norm(x[-1]) / SPAN
     free = drift_law(observe(x, scale=2.0, weight_norm=100 * step))
@@ -274,7 +277,8 @@ NOISE = 0.002 * np.random.default_rng(3).normal(size=200)
 
 def test_a_loss_that_stands_still_lets_noise_grow():
     """What a plateau looks like under mini-batch noise: no drift to be seen, and no progress."""
-    flat = trend(*(2.3 + NOISE))
+    # it fell in the beginning, so that there is something to lose
+    flat = trend(*np.linspace(2.6, 2.3, 40), *(2.3 + NOISE))
     decision = drift_law(observe(updates(0.0), loss=2.3, memory=flat))
     assert decision.scale == pytest.approx(PROBING)
     assert "stands still" in decision.why
@@ -286,6 +290,39 @@ def test_a_loss_that_stands_still_lets_noise_grow():
     assert drift_law(warming).scale == 1.0
     cooling = {**flat, "highest_lr": 3e-3}
     assert drift_law(observe(updates(0.0), loss=2.3, memory=cooling)).scale == 1.0
+
+
+def test_as_long_as_nothing_was_gained_the_factor_leaps():
+    """Parity: a loss at log 2 from the first step on, and updates that show nothing."""
+    unmoved = trend(*(0.69 + NOISE))
+    decision = drift_law(observe(updates(0.0), loss=0.69, memory=unmoved))
+    assert decision.scale == pytest.approx(LEAP)
+    assert "nothing gained yet" in decision.why
+    filling = observe(updates(0.0)[:8], loss=0.69, memory=unmoved)
+    assert drift_law(filling).scale == 1.0
+    # a little above the plateau it stays, and shrinks neither for noise nor for the rise
+    lifted = {**trend(*(0.69 + NOISE), *np.linspace(0.69, 0.72, 12)), "explored": 5}
+    held = drift_law(observe(updates(0.0), scale=16.0, loss=0.72, memory=lifted))
+    assert (held.scale, held.memory["explored"]) == (16.0, 6)
+    # but not for ever
+    tired = {**lifted, "explored": PATIENCE}
+    assert drift_law(observe(updates(0.0), scale=16.0, loss=0.72, memory=tired)).scale < 16.0
+
+
+def test_too_far_up_from_the_first_plateau_it_goes_back_for_good():
+    lost = {**trend(*(0.69 + NOISE), *np.linspace(0.7, 0.9, 12)), "explored": 5}
+    back = drift_law(observe(updates(0.0), scale=16.0, loss=0.9, memory=lost))
+    assert back.scale == pytest.approx(16.0 * RETURN)
+    assert back.memory["explored"] == PATIENCE
+    again = {**trend(*(0.69 + NOISE)), "explored": back.memory["explored"]}
+    assert drift_law(observe(updates(0.0), loss=0.69, memory=again)).scale <= PROBING
+
+
+def test_a_loss_that_had_fallen_and_came_back_is_not_the_first_plateau():
+    back = Trend.from_memory(trend(*(2.0 + NOISE), *(1.0 + NOISE), *(2.0 + NOISE[:20]))["trend"])
+    assert not back.unmoved
+    assert not back.lifted
+    assert not back.lost
 
 
 def test_a_loss_that_falls_keeps_a_factor_from_shrinking():
@@ -333,8 +370,8 @@ def test_noise_alone_is_neither_a_rise_nor_a_fall():
         said["falls"] += seen.falls
         said["rises"] += seen.rises
         assert not seen.flat
-    # two standard errors, a tail each; the error itself is estimated
-    assert said["falls"] < 25
+    # one and two standard errors, a tail each; the error itself is estimated
+    assert said["falls"] < 75
     assert said["rises"] < 25
 
 
