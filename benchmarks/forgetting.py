@@ -38,7 +38,13 @@ TASKS: dict[str, ForgettingTask] = {
     for task in (SPLIT, ROTATED, FASHION_TO_DIGITS, BIBLE_TO_CODE, NEWS_TO_TWEETS, TWEETS_TO_NEWS)
 }
 DEAR = (NEWS_TO_TWEETS.name, TWEETS_TO_NEWS.name)
-FIRST = ("base", "gapaware-retain", "gapaware-distilled", "gapaware-consolidate")
+FIRST = (
+    "base",
+    "gapaware-retain",
+    "gapaware-distilled",
+    "gapaware-rehearsed",
+    "gapaware-consolidate",
+)
 WITH_MUON = FIRST
 QUICK_TASKS, QUICK_SEEDS = (SPLIT.name, ROTATED.name), 3
 KEPT_RUNS = Path("runs/forgetting.jsonl")
@@ -193,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for question, answer, holds in judged:
         print(f"{'holds' if holds else 'FAILS':6} {question}: {answer}")
     if not judged:
-        print("no runs of gapaware-distilled: no bar judged")
+        print("no runs of gapaware-rehearsed: no bar judged")
     options.figure.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, options.figure)
     print(f"figure: {options.figure}")

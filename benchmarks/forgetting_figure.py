@@ -17,11 +17,17 @@ STYLES = {
     "wise-ft": {"color": "tab:blue", "linewidth": 2.2},
     "gapaware-retain": {"color": "tab:orange", "linewidth": 2.2},
     "gapaware-retain, then wise-ft": {"color": "tab:orange", "linewidth": 2.2, "linestyle": "--"},
+    "gapaware-rehearsed": {"color": "tab:purple", "linewidth": 1.6},
+    "gapaware-rehearsed, then wise-ft": {
+        "color": "tab:purple",
+        "linewidth": 2.6,
+        "linestyle": "--",
+    },
     "gapaware-distilled": {"color": "tab:red", "linewidth": 1.6},
     "gapaware-distilled, then wise-ft": {"color": "tab:red", "linewidth": 2.6, "linestyle": "--"},
     "gapaware-consolidate": {"color": "tab:orange", "linewidth": 1.2, "linestyle": ":"},
 }
-RIVALS = ("tab:cyan", "tab:olive", "tab:pink", "tab:brown", "tab:purple", "tab:green", "0.6")
+RIVALS = ("tab:cyan", "tab:olive", "tab:pink", "tab:brown", "gold", "tab:green", "0.6")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -12,7 +12,7 @@ from benchmarks.pareto import AT, OLD, OLD_ACCURACY, SHARES, TEST
 from recipes.table import table
 
 NEEDS = {"ewc": "ewc (OLD data)"}
-OURS = "gapaware-distilled, then wise-ft"
+OURS = "gapaware-rehearsed, then wise-ft"
 # least reductions against the best lr of the base's sweep, by share of the gain
 GOALS = {0.95: 0.40, 0.9: 0.50, 0.8: 0.65}
 GOAL_DEFAULT = 0.80  # at 90 %, against the default lr

@@ -23,6 +23,8 @@ VIEWS: dict[str, tuple[str, str]] = {
     "gapaware-retain, then wise-ft": ("gapaware-retain", "line"),
     "gapaware-distilled": ("gapaware-distilled", "trajectory"),
     "gapaware-distilled, then wise-ft": ("gapaware-distilled", "line"),
+    "gapaware-rehearsed": ("gapaware-rehearsed", "trajectory"),
+    "gapaware-rehearsed, then wise-ft": ("gapaware-rehearsed", "line"),
     "gapaware-consolidate": ("gapaware-consolidate", "consolidated"),
     **{
         name: (name, "trajectory")

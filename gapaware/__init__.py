@@ -9,6 +9,7 @@ from gapaware.controller import Controller, Decision, Observation
 from gapaware.distillation import Distillation
 from gapaware.distributed import Unsupported
 from gapaware.optimizer import GapAware
+from gapaware.scrambled import scrambled
 from gapaware.spectrum import Spectrum
 
 try:
@@ -30,5 +31,6 @@ __all__ = [
     "__version__",
     "consolidate",
     "muon",
+    "scrambled",
     "starting_weights",
 ]

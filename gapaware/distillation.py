@@ -1,11 +1,13 @@
 """Learning without Forgetting (Li and Hoiem, arXiv 1606.09282), beside the pull of mode="retain".
 
-The pull holds the weights. Where the old task has a head of its own, its answers can be held as well,
-on the new task's inputs: what they depend on is then told apart from what is free to move.
+The pull holds the weights; the old answers can be held as well: what they depend on is then told apart
+from what is free to move. Where the old task has a head of its own, the new task's inputs serve to ask.
+With one head for both they contradict the new answers, and inputs of neither task serve: scrambles of the
+new ones, or what the model itself wrote before (pseudorehearsal, see `gapaware.scrambled`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,13 +22,17 @@ class Distillation:
     """A loss that holds a model to its old answers while it learns something new.
 
     strength · T² · KL(answers before ‖ answers now), both softened by the temperature T, mean over
-    everything but the classes. Needs no old data. Use it where old and new task have heads of their own:
-    with one head for both, the old answers to new inputs contradict the new ones.
+    everything but the classes. Needs no old data. With one head for both tasks, the old answers to new
+    inputs contradict the new ones: pass `inputs`.
 
     Args:
         model: before fine-tuning; it is called at each step with the weights of now and of then.
         answers: `answers(model, batch)`, the old task's logits on a batch of the new one's inputs,
             (..., classes). Reaches everything through the model that it is given.
+        inputs: `inputs(batch)`, what to ask about instead of the batch itself, in evaluation mode so that
+            running statistics stay those of the new task: `gapaware.scrambled`; for a language model a
+            function that returns texts drawn from it before fine-tuning; with a head for each task
+            `lambda x: torch.cat([x, gapaware.scrambled(x)])`.
         weights: of the start, by name; None copies the model's own now, parameters and buffers.
         strength: of the loss beside the new task's.
         temperature: T. Above 1 unlikely classes count too.
@@ -52,6 +58,7 @@ class Distillation:
         model: nn.Module,
         answers: Callable[[Any, Any], Tensor],
         *,
+        inputs: Callable[[Any], Any] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         strength: float = 2.0,
         temperature: float = 2.0,
@@ -59,6 +66,7 @@ class Distillation:
         self.strength = arguments.positive("strength", strength, why="how much old answers count")
         self.temperature = arguments.positive("temperature", temperature, why="how soft they are")
         self._asked = _Asked(model, answers)
+        self._inputs = inputs
         own = dict(_tensors(model))
         given = own if weights is None else {name: weights[name] for name in own if name in weights}
         if missing := own.keys() - given.keys():
@@ -76,9 +84,12 @@ class Distillation:
         Raises:
             ValueError: the answers are single numbers, which have no distribution over classes.
         """
+        if self._inputs is not None:
+            batch = self._inputs(batch)
         with torch.no_grad(), _evaluating(self._asked.model):
             then = self._softened(self._answers_then(batch))
-        now = self._softened(self._asked(batch))
+        with nullcontext() if self._inputs is None else _evaluating(self._asked.model):
+            now = self._softened(self._asked(batch))
         apart = F.kl_div(now, then, log_target=True, reduction="batchmean")
         return self.strength * self.temperature**2 * apart
 

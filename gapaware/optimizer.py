@@ -53,7 +53,8 @@ class GapAware(Resumable):
             mean cosine of updates that momentum does not connect; with mode="retain" how fast the pull
             gives way, 𝒜* = 0.25: a smaller one forgets less and learns more slowly. Larger is more careful
             with the first and bolder with the second.
-        max_scale: largest factor on the learning rate; 64, and 1 with mode="retain".
+        max_scale: largest factor on the learning rate; 64, and 1 with mode="retain", where a larger one
+            lets a learning rate grow that is too small for the pull: for where old answers are held too.
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.
         anchor: with mode="retain" (or a controller that pulls) the weights to pull to: "init" for those at
             the first step, or a state dict by parameter name, which needs a `base` made from

@@ -98,7 +98,7 @@ def settle(
         "max_scale",
         chosen.max_scale if max_scale is None else max_scale,
         low=1.0,
-        high=float("inf") if chosen.max_scale > 1.0 else 1.0,
+        high=1.0 if chosen.law is None else float("inf"),
         why=f'the largest factor on the learning rate with mode="{mode}"',
     )
     lowest = 1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gapaware import Distillation
+from gapaware import Distillation, scrambled
 
 
 def two_heads(dropout=0.0):
@@ -98,6 +98,64 @@ def test_training_with_it_forgets_less():
     assert learnt[1] < 0.5
 
 
+def test_other_inputs_are_asked_about_instead_and_once():
+    model, asked = two_heads().eval(), []
+
+    def inputs(x):
+        asked.append(torch.randn_like(x))
+        return asked[-1]
+
+    held = Distillation(model, old_answers, inputs=inputs)
+    plain = Distillation(model, old_answers)
+    disturb(model)
+    loss = held(torch.randn(8, 6))
+    assert len(asked) == 1
+    assert loss.item() == pytest.approx(plain(asked[0]).item(), rel=1e-6)
+    assert loss.requires_grad
+
+
+def test_other_inputs_leave_running_statistics_and_modes_alone():
+    model = two_heads(dropout=0.5).train()
+    held = Distillation(model, old_answers, inputs=scrambled)
+    before = model["trunk"][1].running_mean.clone()
+    assert held(torch.randn(8, 6)).item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.equal(model["trunk"][1].running_mean, before)
+    assert all(module.training for module in model.modules())
+
+
+def test_one_head_forgets_less_where_scrambles_ask_for_its_answers():
+    """The new task turns the order of the inputs around, so that old answers on its inputs are wrong."""
+    torch.manual_seed(2)
+    x = torch.rand(400, 6) * torch.linspace(0, 1, 6)
+    labels, turned = (x[:, 4] > x[:, 5]).long(), x.flip(1)
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    def train(model, loss_of, steps):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    def loss_on(inputs, model):
+        return F.cross_entropy(model(inputs), labels)
+
+    train(model, lambda m: loss_on(x, m), 200)
+    old, new = [], []
+    for inputs in (None, scrambled):
+        tuned = copy.deepcopy(model)
+        held = Distillation(tuned, lambda m, x: m(x), inputs=inputs or scrambled)
+
+        def loss(m, held=held, hold=inputs is not None):
+            return loss_on(turned, m) + (held(turned) if hold else 0)
+
+        train(tuned, loss, 300)
+        old.append(loss_on(x, tuned).item())
+        new.append(loss_on(turned, tuned).item())
+    assert old[1] < 0.5 * old[0]
+    assert new[1] < 0.35
+
+
 def test_weights_given_by_name_are_the_start():
     model = two_heads()
     start = {name: w.clone() for name, w in model.state_dict().items()}
@@ -135,3 +193,16 @@ def test_single_numbers_are_refused():
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=r"shape \(4, 1\)"):
         Distillation(model, lambda m, x: m(x))(torch.randn(4, 3))
+
+
+def test_scrambles_are_of_the_same_elements_in_other_orders():
+    torch.manual_seed(0)
+    examples = torch.arange(3 * 4 * 5).view(3, 4, 5)
+    shuffled = scrambled(examples)
+    assert shuffled.shape == examples.shape
+    assert shuffled.dtype == examples.dtype
+    assert torch.equal(shuffled.flatten(1).sort().values, examples.flatten(1))
+    places = shuffled.flatten(1) - examples.flatten(1)[:, :1]
+    assert not torch.equal(places[0], places[1])
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        scrambled(torch.ones(3))

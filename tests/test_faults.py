@@ -511,7 +511,7 @@ def test_arguments_that_would_be_ignored_are_not():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="never be asked"):
         GapAware(torch.optim.SGD([p], lr=0.1), mode="observe", controller=lambda seen: 1.0)
-    with pytest.raises(ValueError, match=r'max_scale=64.*mode="retain"'):
-        GapAware(torch.optim.SGD([p], lr=0.1), mode="retain", max_scale=64)
+    with pytest.raises(ValueError, match=r'max_scale=64.*mode="observe"'):
+        GapAware(torch.optim.SGD([p], lr=0.1), mode="observe", max_scale=64)
     with pytest.warns(UserWarning, match="never act; pass interval=.auto. or at least 2"):
         GapAware(torch.optim.AdamW([p], lr=0.1), interval=1)

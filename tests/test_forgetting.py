@@ -247,10 +247,10 @@ def rows_of(method: str, kind: str, forgets: float) -> list[dict[str, object]]:
 def test_the_bars_ask_for_less_forgetting(forgets: float, holds: bool) -> None:
     base = rows_of("base", "line", 0.8)
     l2_sp = rows_of("l2-sp", "trajectory", 0.9)
-    ours = rows_of("gapaware-distilled", "line", forgets)
+    ours = rows_of("gapaware-rehearsed", "line", forgets)
     judged = {question: passed for question, _, passed in judge([*base, *l2_sp, *ours])}
     assert len(judged) == 8
     assert all(judged.values()) is holds
     assert judged["below wise-ft at 90 %, p < 0.05"]
     assert judge(base) == []
-    assert "gapaware-distilled" in tables([*base, *ours])
+    assert "gapaware-rehearsed" in tables([*base, *ours])

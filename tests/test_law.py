@@ -377,9 +377,19 @@ def test_noise_alone_is_neither_a_rise_nor_a_fall():
 
 def test_retain_law_gives_way_adiabatically():
     """|dρ/dt| = 𝒜*·ρ²: the rate of change over the gap squared is the target, at any step."""
-    seen = [observe(updates(0.0), target=RETAIN_TARGET, step=step) for step in (0, 1, 500, 501)]
+    given = {"target": RETAIN_TARGET, "max_scale": 1.0}
+    seen = [observe(updates(1.0), step=step, **given) for step in (0, 1, 500, 501)]
     pulls = [retain_law(observation).pull for observation in seen]
     assert pulls[0] == pytest.approx(FIRST_PULL)
     for before, after in (pulls[:2], pulls[2:]):
         assert (before - after) / (before * after) == pytest.approx(RETAIN_TARGET)
     assert all(retain_law(observation).scale == 1.0 for observation in seen)
+
+
+def test_retain_law_raises_a_learning_rate_that_may_grow():
+    """The factor and its memory are the drift law's at its own target, the pull is what it was."""
+    allowed = observe(updates(1.0), target=RETAIN_TARGET, step=200)
+    decision, alone = retain_law(allowed), drift_law(observe(updates(1.0), step=200))
+    assert decision.scale == alone.scale > 1
+    assert decision.memory == alone.memory
+    assert decision.pull == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 200))

@@ -38,6 +38,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gapaware import scrambled
+
 CACHE = Path("runs/forgetting-pretrained")
 OLD, NEW = 0, 1
 State = Mapping[str, Tensor]
@@ -103,6 +105,8 @@ class ForgettingTask:
         old_steps, old_lr: of pre-training, with AdamW, warm-up and cosine.
         two_heads: whether the model takes the head as a second argument.
         fresh: prefixes of the names of parameters that only the new task uses.
+        imagined: from the model before fine-tuning and a seed, a function from a batch's inputs to inputs
+            of neither set, on which to ask for old answers.
     """
 
     name: str
@@ -118,6 +122,7 @@ class ForgettingTask:
     good: Mapping[str, float] = field(default_factory=lambda: {"adamw": 1.0, "muon": 1.0})
     two_heads: bool = False
     fresh: tuple[str, ...] = ()
+    imagined: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] = lambda model, seed: scrambled
     points: int = 20
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - tasks live as long as the process

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.forgetting_tasks import Domains, Examples, ForgettingTask
 from benchmarks.tasks.char_lm import bible, encode
 from benchmarks.tasks.transformer import Transformer
 
 CONTEXT, WIDTH, LAYERS, HEADS = 64, 64, 2, 4
+WRITTEN = 512  # windows
 CODE_CHARACTERS = 2_500_000
 SCORED = 250  # windows of 64 characters
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -61,6 +63,19 @@ def domains(seed: int) -> Domains:
     )
 
 
+@torch.no_grad()
+def written(model: nn.Module, seed: int) -> Callable[[Tensor], Tensor]:
+    """Windows that the model writes by itself, once; each batch asks about some of them."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(CLASSES, (WRITTEN, 1), generator=generator)
+    while text.shape[1] < CONTEXT:
+        following = torch.multinomial(model(text)[:, -1].softmax(-1), 1, generator=generator)
+        text = torch.cat([text, following], 1)
+    model.train()
+    return lambda inputs: text[torch.randint(WRITTEN, (len(inputs),), generator=generator)]
+
+
 def transformer() -> nn.Module:
     """About 120,000 parameters."""
     return Transformer(CLASSES, CONTEXT, WIDTH, LAYERS, HEADS)
@@ -70,6 +85,7 @@ BIBLE_TO_CODE = ForgettingTask(
     name="bible-code",
     build=transformer,
     domains=domains,
+    imagined=written,
     classes=CLASSES,
     steps=600,
     batch_size=16,
