@@ -278,7 +278,7 @@ NOISE = 0.002 * np.random.default_rng(3).normal(size=200)
 def test_a_loss_that_stands_still_lets_noise_grow():
     """What a plateau looks like under mini-batch noise: no drift to be seen, and no progress."""
     # it fell in the beginning, so that there is something to lose
-    flat = trend(*np.linspace(2.6, 2.3, 40), *(2.3 + NOISE))
+    flat = trend(*np.linspace(2.6, 2.3, 150), *(2.3 + NOISE))
     decision = drift_law(observe(updates(0.0), loss=2.3, memory=flat))
     assert decision.scale == pytest.approx(PROBING)
     assert "stands still" in decision.why
