@@ -105,6 +105,11 @@ def mixed_powers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a * a + b
 
 
+def cubes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """x³ + y."""
+    return a * a * a + b
+
+
 ADD = Task(
     name="modular-add",
     setup=partial(modular, operation=torch.add),
@@ -125,6 +130,16 @@ LARGE = replace(
     HELD_OUT,
     name="modular-add-97",
     setup=partial(modular, operation=torch.add, modulus=97, train_fraction=0.4, batch_size=512),
+)
+SUBTRACT = replace(
+    HELD_OUT,
+    name="modular-subtract-71",
+    setup=partial(modular, operation=torch.sub, modulus=71, batch_size=512),
+)
+CUBES = replace(
+    HELD_OUT,
+    name="modular-cubes-53",
+    setup=partial(modular, operation=cubes, modulus=53, train_fraction=0.6),
 )
 TRANSFORMER = replace(
     HELD_OUT,

@@ -8,6 +8,7 @@ initialization gradient flow interpolates with a norm within a constant of the s
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,13 +28,13 @@ def smallest_squared_norm(targets: torch.Tensor) -> float:
     return 2 * float(targets.clamp(min=0).norm() + targets.clamp(max=0).norm())
 
 
-def relu(seed: int) -> Training:
+def relu(seed: int, *, points: int = POINTS, neurons: int = NEURONS) -> Training:
     """Random targets; the whole batch is both training and held-out data."""
     torch.manual_seed(seed)
-    targets = torch.randn(POINTS)
+    targets = torch.randn(points)
     # The inputs are the unit vectors, so that the hidden layer's weights are its activations.
-    hidden = nn.Parameter(SCALE * torch.randn(POINTS, NEURONS))
-    output = nn.Parameter(SCALE * torch.randn(NEURONS))
+    hidden = nn.Parameter(SCALE * torch.randn(points, neurons))
+    output = nn.Parameter(SCALE * torch.randn(neurons))
     model = nn.ParameterDict({"hidden": hidden, "output": output})
 
     def loss() -> torch.Tensor:
@@ -62,4 +63,8 @@ ADAMW = replace(
     lr=1e-3,
     base=torch.optim.AdamW,
     base_kwargs={"weight_decay": 0.0},
+)
+# twice the points at twice the lr: the loss is their mean
+WIDE = replace(
+    RELU, name="relu-orthogonal-wide", setup=partial(relu, points=32, neurons=128), lr=0.3
 )
