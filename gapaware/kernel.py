@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, _gather_order, buckets, sign_table
+from gapaware.blocks import CHUNK, WIDTH, Stretch
+from gapaware.sketch import CHUNKS_PER_FLUSH, _gather_order, buckets, sign_table
 from gapaware.transfer import send
 from gapaware.worklist import BLOCK, LANES, Batch, Piece, batches
 

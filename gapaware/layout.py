@@ -5,16 +5,21 @@ Gram matrix of the whole model is the sum over the rows.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gapaware.blocks import Stretch
 from gapaware.distributed import Sharing, local_pieces
 
 GRANULARITIES = ("global", "group", "block")
+
+# name, number of parameters, numbers in them, place of the first in the row
+BlockSignature = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,40 @@ class Row:
         group: index of the parameter group.
         parameters: the trainable parameters, in the group's order.
         size: number of real numbers in them, over all ranks.
+        block_names: of the block of each parameter.
     """
 
     name: str
     group: int
     parameters: tuple[Tensor, ...]
     size: int
+    block_names: tuple[str, ...]
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Where in the row each stretch of one block ends, and the number of the block."""
+        numbers: dict[str, int] = {}
+        found: list[Stretch] = []
+        place = 0
+        for parameter, block in zip(self.parameters, self.block_names, strict=True):
+            number = numbers.setdefault(block, len(numbers))
+            place += real_size(parameter)
+            if found and found[-1][1] == number:
+                found.pop()
+            found.append((place, number))
+        return tuple(found)
+
+    @cached_property
+    def blocks(self) -> tuple[BlockSignature, ...]:
+        """What has to stay the same for two sketches of each block to be comparable, in order."""
+        found: dict[str, tuple[int, int, int]] = {}
+        place = 0
+        for parameter, block in zip(self.parameters, self.block_names, strict=True):
+            count, size, first = found.get(block, (0, 0, place))
+            found[block] = (count + 1, size + real_size(parameter), first)
+            place += real_size(parameter)
+        name = group_name(self.group)
+        return tuple((f"{name}: {block}", *numbers) for block, numbers in found.items())
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -70,18 +103,18 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
         >>> [row.size for row in rows([{"params": list(layer.parameters())}], "block")]
         [6, 2]
     """
-    block_of: Callable[[dict[str, Any], int], str]
-    block_of = _block if granularity == "block" else (lambda group, index: "")
     result = []
     for number, group in enumerate(param_groups):
-        blocks: dict[str, list[Tensor]] = {}
+        held: dict[str, list[tuple[Tensor, str]]] = {}
         for index, parameter in enumerate(group["params"]):
             if parameter.requires_grad:
-                blocks.setdefault(block_of(group, index), []).append(parameter)
-        for block, parameters in blocks.items():
-            name = f"{group_name(number)}: {block}" if block else group_name(number)
-            size = sum(map(real_size, parameters))
-            result.append(Row(name, number, tuple(parameters), size))
+                block = _block(group, index)
+                row = block if granularity == "block" else ""
+                held.setdefault(row, []).append((parameter, block))
+        for row, members in held.items():
+            name = f"{group_name(number)}: {row}" if row else group_name(number)
+            parameters, blocks = zip(*members, strict=True)
+            result.append(Row(name, number, parameters, sum(map(real_size, parameters)), blocks))
     return result
 
 
@@ -99,5 +132,10 @@ def _block(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     if not names:
         return f"tensor {index}"
-    layer = re.match(r".*?\.\d+(?=\.)", names[index])
-    return layer.group() if layer else str(names[index])
+    return _layer(names[index])
+
+
+@lru_cache(maxsize=16_384)
+def _layer(name: str) -> str:
+    layer = re.match(r".*?\.\d+(?=\.)", name)
+    return layer.group() if layer else str(name)

@@ -12,7 +12,7 @@ from gapaware.controller import Controller
 from gapaware.law import drift_law
 from gapaware.modes import MODES, Mode
 from gapaware.momentum import interval_for, memory_steps
-from gapaware.sketch import CHUNK
+from gapaware.blocks import CHUNK
 from gapaware.spectrum import MIN_UPDATES
 
 # a controller of the user's is not held to what the built-in laws may do

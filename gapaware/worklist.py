@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gapaware.sketch import CHUNK, chunk_flips, chunk_offsets
+from gapaware.blocks import CHUNK
+from gapaware.sketch import chunk_flips, chunk_offsets
 
 Integers = npt.NDArray[np.int64]
 
