@@ -40,7 +40,10 @@ CHEAP = (SPLIT.name, ROTATED.name, FASHION_TO_DIGITS.name)
 SEEDS = {**dict.fromkeys(CHEAP, 5), BIBLE_TO_CODE.name: 2}
 MODES: dict[str, dict[str, Any]] = {
     "default": {"mode": "observe", "interval": 1},
-    "tensors": {"mode": "observe", "interval": 1},  # the optimizer was not told the parameters' names
+    "tensors": {
+        "mode": "observe",
+        "interval": 1,
+    },  # the optimizer was not told the parameters' names
     "retain": {"mode": "retain"},
     "blocks": {"mode": "observe", "interval": 1, "granularity": "block"},
 }

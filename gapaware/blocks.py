@@ -1,11 +1,11 @@
-"""What each block adds to the sketch of its row, in a few numbers: the risk of forgetting is a mean over blocks.
+"""What each block adds to the sketch of its row, in a few numbers, for the risk of forgetting.
 
 A row may be a whole parameter group, and to sketch its blocks one by one would be a second read. But what
 the accumulator of the row's sketch (see `sketch.py`) holds after a block, less what it held before, is the
-block with its signs, and the places of the accumulator modulo `WIDTH` are the buckets of a short sketch of
-it. That is a CountSketch with relative error √(2/WIDTH) of a squared norm, its signs those of the long one;
-a block of at most `WIDTH` neighbours is kept as it is. `WIDTH` is a prime, and not one that people choose for
-a layer, so the columns of a matrix do not fall on the same bucket again and again.
+block with its signs, and the places of the accumulator modulo `WIDTH` are the buckets of a short sketch
+of it, with a relative error of a squared norm of about √(2/WIDTH). A block of at most `WIDTH` neighbours
+is kept as it is. `WIDTH` is a prime, and not one that people choose for a layer, so the columns of a
+matrix do not fall on the same bucket again and again.
 
 The accumulator itself is only looked at: the long sketch has the same bits with and without.
 """

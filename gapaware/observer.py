@@ -313,7 +313,7 @@ class Observer:
         return torch.float64 if self.settings["sketch_dim"] is None else torch.float32
 
     def _snapshot(self, rows: Sequence[layout.Row]) -> tuple[Tensor, Tensor]:
-        """The sketches of all rows, (rows, dim), on the device of the first parameter; those of the blocks."""
+        """The sketches of all rows, (rows, dim), and of their blocks, on the first parameter's device."""
         assert self._sketch is not None
         among = sharing((p for row in rows for p in row.parameters), self.replicas)
         home = among.home(rows[0].parameters[0].device)

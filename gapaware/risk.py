@@ -104,5 +104,7 @@ class Start:
         """The start that `state_dict` described, of blocks of these widths, kept in `dtype`."""
         if "blocks" not in state:
             raise ValueError("it holds the start of rows, where this gapaware keeps that of blocks")
-        blocks = tuple((str(name), int(n), int(size), int(at)) for name, n, size, at in state["blocks"])
+        blocks = tuple(
+            (str(name), int(n), int(size), int(at)) for name, n, size, at in state["blocks"]
+        )
         return cls(blocks, widths(blocks), state["shares"].to(dtype, copy=True))

@@ -196,8 +196,8 @@ class CountSketch:
         Args:
             rows: the pieces of each vector, as `__call__` takes them.
             device: where they are.
-            stretches: where in each row which of its blocks lie, no piece in two of them; when left out each row
-                is one block.
+            stretches: where in each row which of its blocks lie, no piece in two of them; when left out
+                each row is one block.
             resident: addresses (`data_ptr`) of the storages that outlive this call. The kernel reads pieces
                 in them; others are sketched one by one.
             key: when it equals the last call's, so does where the pieces are, and they are not asked for.
