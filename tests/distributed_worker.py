@@ -115,6 +115,7 @@ def seen(optimizer: GapAware) -> dict[str, Any]:
     return {
         "last": state["observer"]["last"],
         "gram": (state["observer"]["window"] or {}).get("gram"),
+        "risks": optimizer.history.column("risk"),
         "signature": state["observer"]["signature"],
         "steering": state["steering"],
         "interval": optimizer.interval,
