@@ -223,7 +223,7 @@ def break_next_sketch(optimizer: GapAware, rank: int) -> None:
     healthy = optimizer._observer._sketch
 
     class Full(CountSketch):
-        def __call__(self, *args: Any) -> torch.Tensor:
+        def rows(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             optimizer._observer._sketch = healthy
             raise MemoryError("no memory on this rank")
 
