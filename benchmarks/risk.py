@@ -52,7 +52,7 @@ JUDGED = ("adamw", "default")
 CASES = {
     JUDGED: tuple(SEEDS),
     ("adamw", "retain"): CHEAP,
-    ("adamw", "tensors"): CHEAP,
+    ("adamw", "tensors"): (SPLIT.name, ROTATED.name),
     ("adamw", "blocks"): tuple(SEEDS),
     ("muon", "blocks"): (SPLIT.name, ROTATED.name),
 }
