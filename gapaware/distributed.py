@@ -115,26 +115,29 @@ def is_dtensor(parameter: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(parameter, module.DTensor)
 
 
-def local_pieces(parameter: Tensor, place: int) -> Iterator[tuple[Tensor, int]]:
+def local_pieces(parameter: Tensor, place: int) -> Iterable[tuple[Tensor, int]]:
     """The local elements of a parameter as contiguous stretches of the whole one.
 
     Args:
         parameter: an ordinary tensor or a DTensor; complex elements count as two real ones.
         place: of the whole parameter's first element in the row.
 
-    Yields:
-        Pairs (flat real tensor, place of its first element). Where a rank holds some columns of a
-        matrix, blocks of whole rows with zeros for the columns it does not hold: few large pieces
-        instead of one for each row. No two pieces overlap.
+    Returns:
+        Pairs (flat real tensor, place of its first element), to be used under `torch.no_grad()`. Where a
+        rank holds some columns of a matrix, blocks of whole rows with zeros for the columns it does not
+        hold: few large pieces instead of one for each row. No two pieces overlap.
 
     Raises:
         Unsupported: a placement is Partial or of an unknown kind.
     """
-    tensor = parameter.detach()
-    plain = type(parameter) in (Tensor, torch.nn.Parameter) and not tensor.is_complex()
-    if plain and tensor.is_contiguous():
-        yield tensor.view(-1), place  # nearly every parameter, so without what the others need
-        return
+    plain = type(parameter) in (Tensor, torch.nn.Parameter) and not parameter.is_complex()
+    if plain and parameter.is_contiguous():
+        # nearly every parameter, so without what the others need
+        return ((parameter if parameter.ndim == 1 else parameter.view(-1), place),)
+    return _any_pieces(parameter.detach(), place)
+
+
+def _any_pieces(tensor: Tensor, place: int) -> Iterator[tuple[Tensor, int]]:
     shape = list(tensor.shape)
     if is_dtensor(tensor):
         mesh = tensor.device_mesh

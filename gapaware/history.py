@@ -202,7 +202,7 @@ def _lookup(record: Any, keys: Sequence[str]) -> Any:
 
 def _plain(value: Any) -> Any:
     """A copy out of plain Python values, which `torch.load(weights_only=True)` accepts."""
-    if value is None or isinstance(value, bool):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
         return str.__str__(value)

@@ -30,15 +30,20 @@ class Row:
         name: for logs, such as "group 0" or "group 1: encoder.layer.3".
         group: index of the parameter group.
         parameters: the trainable parameters, in the group's order.
-        size: number of real numbers in them, over all ranks.
+        sizes: number of real numbers in each of them, over all ranks.
         block_names: of the block of each parameter.
     """
 
     name: str
     group: int
     parameters: tuple[Tensor, ...]
-    size: int
+    sizes: tuple[int, ...]
     block_names: tuple[str, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of real numbers in all of them."""
+        return sum(self.sizes)
 
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
@@ -46,9 +51,9 @@ class Row:
         numbers: dict[str, int] = {}
         found: list[Stretch] = []
         place = 0
-        for parameter, block in zip(self.parameters, self.block_names, strict=True):
+        for size, block in zip(self.sizes, self.block_names, strict=True):
             number = numbers.setdefault(block, len(numbers))
-            place += real_size(parameter)
+            place += size
             if found and found[-1][1] == number:
                 found.pop()
             found.append((place, number))
@@ -59,10 +64,10 @@ class Row:
         """What has to stay the same for two sketches of each block to be comparable, in order."""
         found: dict[str, tuple[int, int, int]] = {}
         place = 0
-        for parameter, block in zip(self.parameters, self.block_names, strict=True):
-            count, size, first = found.get(block, (0, 0, place))
-            found[block] = (count + 1, size + real_size(parameter), first)
-            place += real_size(parameter)
+        for size, block in zip(self.sizes, self.block_names, strict=True):
+            count, sofar, first = found.get(block, (0, 0, place))
+            found[block] = (count + 1, sofar + size, first)
+            place += size
         name = group_name(self.group)
         return tuple((f"{name}: {block}", *numbers) for block, numbers in found.items())
 
@@ -77,10 +82,10 @@ class Row:
             Pairs (flat real tensor, place in the row).
         """
         place = 0
-        for parameter in self.parameters:
+        for parameter, size in zip(self.parameters, self.sizes, strict=True):
             if parameter.device == device and sharing.counts(parameter):
                 yield from local_pieces(parameter, place)
-            place += real_size(parameter)
+            place += size
 
     def signature(self) -> tuple[str, int, int]:
         """What has to stay the same for two sketches of the row to be comparable."""
@@ -114,7 +119,8 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
         for row, members in held.items():
             name = f"{group_name(number)}: {row}" if row else group_name(number)
             parameters, blocks = zip(*members, strict=True)
-            result.append(Row(name, number, parameters, sum(map(real_size, parameters)), blocks))
+            sizes = tuple(map(real_size, parameters))
+            result.append(Row(name, number, parameters, sizes, blocks))
     return result
 
 

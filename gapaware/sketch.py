@@ -21,8 +21,8 @@ error stays below about 1e-6 of its value, whatever the size of the model.
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import repeat
-from typing import TYPE_CHECKING
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 CHUNKS_PER_FLUSH = 64
 # elements of a tensor that is not worth an addition of its own
 SMALL = 16_384
+# additions made ready at a time: few enough, since those of small tensors are copies of up to a chunk
+BATCH = 32
 
 _SIGN_STREAM, _OFFSET_STREAM, _FLIP_STREAM, _BUCKET_STREAM = range(4)
 
@@ -97,6 +99,47 @@ def _host_tables(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sign_table(seed)), torch.from_numpy(buckets(dim, seed))
 
 
+class _Target(NamedTuple):
+    """Where a part of a chunk is added.
+
+    Attributes:
+        total: view of the sums there.
+        signs: of its elements.
+        flip: sign of the chunk.
+        chunk: its number.
+        place: of the first element, in the vector.
+        end: after the last one, in the sums.
+        wide: whether the sums are float64.
+    """
+
+    total: Tensor
+    signs: Tensor
+    flip: float
+    chunk: int
+    place: int
+    end: int
+    wide: bool
+
+
+class _Workspace(NamedTuple):
+    """What a sketch needs on a device.
+
+    Attributes:
+        signs: see `sign_table`.
+        bucket: see `buckets`; on a GPU `_gather_order` of it.
+        low: float32 sums, (DEPTH·WIDTH,), zero between sketches.
+        high: float64 sums, as many, zero between sketches.
+        targets: by chunk, start, length and whether the sums are float64: kept, since to make views takes
+            longer than a short addition.
+    """
+
+    signs: Tensor
+    bucket: Tensor
+    low: Tensor
+    high: Tensor
+    targets: dict[tuple[int, int, int, bool], _Target]
+
+
 class CountSketch:
     """A linear map R^P → R^dim for any P, defined by `dim` and `seed` alone.
 
@@ -115,7 +158,7 @@ class CountSketch:
     def __init__(self, dim: int, seed: int) -> None:
         self.dim = dim
         self.seed = seed
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._workspaces: dict[torch.device, _Workspace] = {}
         self._fused: dict[torch.device, Fused] = {}
         self._offsets: list[int] = []
         self._flips: list[float] = []
@@ -138,6 +181,7 @@ class CountSketch:
             device = pieces[0][0].device if pieces else torch.device("cpu")
         return self._add_up(pieces, device, ONE_BLOCK)[0]
 
+    @torch.no_grad()
     def _add_up(
         self,
         pieces: Iterable[tuple[Tensor, int]],
@@ -146,15 +190,16 @@ class CountSketch:
     ) -> tuple[Tensor, Tensor]:
         """The sketch, and the short ones of its blocks."""
         # taken away until the end: after an exception there would be remainders in the sums
-        workspace = self._buffers.pop(device, None) or self._new_workspace(device)
-        signs, bucket, low, high = workspace
+        workspace = self._workspaces.pop(device, None) or self._new_workspace(device)
+        low, high = workspace.low, workspace.high
         reach, depth, before = 0, 0, -1
         tally = Tally(low, high, stretches)
-        for flat, place in _joined(pieces, tally.begins):
-            if place >= tally.end or tally.wide != (flat.dtype == torch.float64):
-                tally.enter(place, wide=flat.dtype == torch.float64)
-            chunk, start = divmod(place, CHUNK)
-            for part in _split(flat, CHUNK - start):
+        additions = self._additions(pieces, workspace, tally.begins)
+        # several at a time, since an addition sweeps what makes the next one out of the cache
+        while batch := list(islice(additions, BATCH)):
+            for part, (total, signs, flip, chunk, place, end, wide) in batch:
+                if place >= tally.end or tally.wide != wide:
+                    tally.enter(place, wide)
                 if chunk != before:  # parts of one chunk go to different places
                     if depth == CHUNKS_PER_FLUSH:
                         tally.leave()
@@ -163,23 +208,15 @@ class CountSketch:
                         tally.flushed()
                         depth = 0
                     before, depth = chunk, depth + 1
-                length = part.numel()
-                offset, flip = self._chunk(chunk)
-                # float64 parameters would lose what they are there for in a float32 sum
-                total = high if part.dtype == torch.float64 else low
-                # as_strided, since narrow takes several times as long
-                total.as_strided((length,), (1,), start).addcmul_(
-                    part, signs.as_strided((length,), (1,), offset + start), value=flip
-                )
-                reach = max(reach, start + length)
-                chunk, start = chunk + 1, 0
+                total.addcmul_(part, signs, value=flip)
+                reach = max(reach, end)
         tally.leave()
         total = high.narrow(0, 0, reach)
         total.add_(low.narrow(0, 0, reach))
-        folded = self._fold(high, bucket, reach)
+        folded = self._fold(high, workspace.bucket, reach)
         total.zero_()
         low.narrow(0, 0, reach).zero_()
-        self._buffers[device] = workspace
+        self._workspaces[device] = workspace
         return folded, tally.shares()
 
     def rows(
@@ -237,29 +274,58 @@ class CountSketch:
         """How many numbers there are of a block of `size` elements."""
         return WIDTH
 
-    def _chunk(self, chunk: int) -> tuple[int, float]:
+    def _additions(
+        self,
+        pieces: Iterable[tuple[Tensor, int]],
+        workspace: _Workspace,
+        begins: Collection[int],
+    ) -> Iterator[tuple[Tensor, _Target]]:
+        """The pieces as parts of chunks and where they go, none of them on both sides of a begin."""
+        for flat, place in _joined(pieces, begins):
+            chunk, start = divmod(place, CHUNK)
+            for part in _split(flat, CHUNK - start):
+                key = (chunk, start, part.numel(), part.dtype == torch.float64)
+                if key not in workspace.targets:
+                    workspace.targets[key] = self._target(workspace, *key)
+                yield part, workspace.targets[key]
+                chunk, start = chunk + 1, 0
+
+    def _target(
+        self, workspace: _Workspace, chunk: int, start: int, length: int, wide: bool
+    ) -> _Target:
         if chunk >= len(self._offsets):
             more = np.arange(len(self._offsets), 2 * chunk + 64)
             self._offsets += chunk_offsets(more, self.seed).tolist()
             self._flips += chunk_flips(more, self.seed).tolist()
-        return self._offsets[chunk], self._flips[chunk]
+        # float64 parameters would lose what they are there for in a float32 sum
+        total = workspace.high if wide else workspace.low
+        return _Target(
+            total.narrow(0, start, length),
+            workspace.signs.narrow(0, self._offsets[chunk] + start, length),
+            self._flips[chunk],
+            chunk,
+            chunk * CHUNK + start,
+            start + length,
+            wide,
+        )
 
     def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
         if total.device.type == "cpu":
             folded = total.new_zeros(self.dim)
-            return folded.index_add_(0, bucket.narrow(0, 0, reach), total.narrow(0, 0, reach))
-        # index_add_ on a GPU adds in any order; gathering gives the same bits on every run
+            return folded.scatter_add_(0, bucket.narrow(0, 0, reach), total.narrow(0, 0, reach))
+        # scatter_add_ on a GPU adds in any order; gathering gives the same bits on every run
         return total.index_select(0, bucket).view(-1, self.dim).sum(0)
 
-    def _new_workspace(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _new_workspace(self, device: torch.device) -> _Workspace:
         signs, bucket = _host_tables(self.dim, self.seed)
         if device.type != "cpu":
             bucket = _gather_order(bucket, self.dim)
-        return (
+        return _Workspace(
             send(signs, device),
             send(bucket, device),
             torch.zeros(DEPTH * WIDTH, dtype=torch.float32, device=device),
             torch.zeros(DEPTH * WIDTH, dtype=torch.float64, device=device),
+            {},
         )
 
     def __getstate__(self) -> dict[str, int]:
@@ -283,6 +349,7 @@ class Identity:
     def __init__(self, dim: int) -> None:
         self.dim = dim
 
+    @torch.no_grad()
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
     ) -> Tensor:

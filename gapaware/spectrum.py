@@ -98,7 +98,7 @@ def decompose(gram: Array) -> tuple[Array, Array]:
         σ of shape (W,), descending, and U of shape (W, W) with one direction a column.
     """
     eigenvalues, directions = np.linalg.eigh(gram)
-    return np.sqrt(np.clip(eigenvalues[::-1], 0.0, None)), directions[:, ::-1]
+    return np.sqrt(np.maximum(eigenvalues[::-1], 0.0)), directions[:, ::-1]
 
 
 def gap_position(sigma: Array, *, weighted: bool = True) -> int:
@@ -212,9 +212,10 @@ def spectrum(
     moved = np.flatnonzero(np.diag(extended) > 0)[-(window + 1) :]
     if len(moved) < MIN_UPDATES:
         return None
-    kept = np.ix_(moved, moved)
+    kept = np.ix_(moved, moved) if len(moved) < len(extended) else ...
     extended = extended[kept]
     gram = extended[1:, 1:]
+    energy = float(gram.trace())
     sigma, directions = decompose(gram)
     k = gap_position(sigma)
     gap = float(sigma[k - 1] - sigma[k])
@@ -222,9 +223,9 @@ def spectrum(
     a = _ratio(change, gap)
     share = None
     if decay_gram is not None and decay_cross is not None:
-        decay = float(np.trace(decay_gram[kept][1:, 1:]))
-        cross = float(np.trace(decay_cross[kept][1:, 1:]))
-        rest = float(np.trace(gram)) - 2 * cross + decay
+        decay = float(decay_gram[kept][1:, 1:].trace())
+        cross = float(decay_cross[kept][1:, 1:].trace())
+        rest = energy - 2 * cross + decay
         share = decay / (decay + rest) if decay + rest > 0 else 0.0
     return Spectrum(
         sigma=sigma,
@@ -238,7 +239,7 @@ def spectrum(
         adiabatic_parameter=a / lr if lr > 0 else float("inf"),
         alpha=stability(extended, sigma, directions),
         effective_rank=effective_rank(sigma),
-        coherence=float(gram.sum() / np.trace(gram)),
+        coherence=float(gram.sum()) / energy,
         decay_share=share,
-        update_norm=float(np.sqrt(np.trace(gram) / len(gram))),
+        update_norm=float(np.sqrt(energy / len(gram))),
     )

@@ -8,6 +8,7 @@ The part of an update that is weight decay is −ρ times the parameters before 
 now less all updates since: its inner products follow from those of the updates and of the parameters now.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class Window:
         self._gram = torch.zeros(
             rows, self.capacity + 1, self.capacity + 1, dtype=torch.float64, device=device
         )
+        # of the updates and the parameters now: each update, and minus the parameters before it
+        ones = self._gram.new_ones(self.capacity, self.capacity)
+        before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
+        self._sums = torch.stack((torch.eye(*before.shape, out=torch.empty_like(before)), before))
 
     def __len__(self) -> int:
         return min(self.pushed, self.capacity)
@@ -78,11 +83,11 @@ class Window:
         self._ring[slot] = update
         self._rates[slot] = rates
         # what changes in the Gram matrix; with the newest update as the ring has it
-        newest = torch.stack((self._ring[slot].to(theta), theta))
-        products = torch.einsum("wrd,krd->rkw", self._ring.to(theta), newest)
+        newest = torch.stack((self._ring[slot].to(theta), theta), dim=1)
+        products = newest @ self._ring.to(theta).permute(1, 2, 0)
         self._gram[:, slot, :-1] = self._gram[:, :-1, slot] = products[:, 0]
         self._gram[:, -1, :-1] = self._gram[:, :-1, -1] = products[:, 1]
-        self._gram[:, -1, -1] = theta.square().sum(-1)
+        self._gram[:, -1, -1] = torch.linalg.vecdot(theta, theta)
         self.pushed += 1
 
     def gram(self) -> Tensor:
@@ -93,15 +98,13 @@ class Window:
             between UPDATE and DECAY for the two sides. A new tensor.
         """
         n = len(self)
-        order = torch.arange(self.pushed - n, self.pushed, device=self._gram.device) % self.capacity
-        chosen = torch.cat((order, order.new_full((1,), self.capacity)))
-        known = self._gram.index_select(1, chosen).index_select(2, chosen)
+        oldest = (self.pushed - n) % self.capacity
+        order = _order(oldest, n, self.capacity, self._gram.device)
+        known = self._gram.index_select(1, order).index_select(2, order)
         # updates and decay parts as sums of the n updates and the parameters now, (2, rows, n, n + 1)
-        ones = known.new_ones(n, n)
-        before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
-        decays = self._rates.index_select(0, order).mT[..., None] * before
-        updates = torch.eye(n, n + 1, dtype=known.dtype, device=known.device).expand_as(decays)
-        parts = torch.stack((updates, decays))
+        updates, before = self._sums[:, self.capacity - n :, self.capacity - n :]
+        decays = self._rates.index_select(0, order[:-1]).mT[..., None] * before
+        parts = torch.stack((updates.expand_as(decays), decays))
         return (parts @ known)[:, None] @ parts.mT
 
     def squared_norms(self) -> Tensor:
@@ -111,7 +114,7 @@ class Window:
     def to(self, device: torch.device) -> None:
         """Move the window to another device."""
         self._ring, self._gram = send(self._ring, device), send(self._gram, device)
-        self._rates = send(self._rates, device)
+        self._rates, self._sums = send(self._rates, device), send(self._sums, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The window as tensors and numbers."""
@@ -159,3 +162,10 @@ class Window:
             rates = -(decay * place).sum(-1) / place.square().sum(-1).clamp(min=1e-300)
             place = place + update
             self.push(update, theta, rates)
+
+
+@lru_cache(maxsize=256)
+def _order(oldest: int, n: int, capacity: int, device: torch.device) -> Tensor:
+    """Where the Gram matrix of a ring has n updates, the oldest first, and then the parameters."""
+    slots = torch.arange(oldest, oldest + n, device=device) % capacity
+    return torch.cat((slots, slots.new_full((1,), capacity)))

@@ -440,7 +440,7 @@ def placements(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def both_sketches(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     sketch, found = CountSketch(64, seed=0), []
     for tensor in tensors:
-        row = Row("row", 0, (tensor,), real_size(tensor), ("",))
+        row = Row("row", 0, (tensor,), (real_size(tensor),), ("",))
         among = sharing([tensor])
         found.append(among.add_up(sketch(row.pieces(tensor.device, among), tensor.device)))
     return tuple(found)
