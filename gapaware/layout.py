@@ -5,6 +5,7 @@ Gram matrix of the whole model is the sum over the rows.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,8 +18,10 @@ from gapaware.blocks import Stretch
 from gapaware.distributed import Sharing, local_pieces
 
 GRANULARITIES = ("global", "group", "block")
+# each costs a look at the accumulator of the sketch: half of what adding a chunk to it does
+MOST_BLOCKS = 16
 
-# name, number of parameters, numbers in them, place of the first in the row
+# name of the first unit, number of parameters, numbers in them, place of the first in the row
 BlockSignature = tuple[str, int, int, int]
 
 
@@ -31,14 +34,14 @@ class Row:
         group: index of the parameter group.
         parameters: the trainable parameters, in the group's order.
         sizes: number of real numbers in each of them, over all ranks.
-        block_names: of the block of each parameter.
+        units: the layer of each parameter, or where the group has no names the tensor.
     """
 
     name: str
     group: int
     parameters: tuple[Tensor, ...]
     sizes: tuple[int, ...]
-    block_names: tuple[str, ...]
+    units: tuple[str, ...]
 
     @cached_property
     def size(self) -> int:
@@ -48,28 +51,15 @@ class Row:
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """Where in the row each stretch of one block ends, and the number of the block."""
-        numbers: dict[str, int] = {}
-        found: list[Stretch] = []
-        place = 0
-        for size, block in zip(self.sizes, self.block_names, strict=True):
-            number = numbers.setdefault(block, len(numbers))
-            place += size
-            if found and found[-1][1] == number:
-                found.pop()
-            found.append((place, number))
-        return tuple(found)
+        return _divided(self.group, self.sizes, self.units)[0]
 
     @cached_property
     def blocks(self) -> tuple[BlockSignature, ...]:
-        """What has to stay the same for two sketches of each block to be comparable, in order."""
-        found: dict[str, tuple[int, int, int]] = {}
-        place = 0
-        for size, block in zip(self.sizes, self.block_names, strict=True):
-            count, sofar, first = found.get(block, (0, 0, place))
-            found[block] = (count + 1, sofar + size, first)
-            place += size
-        name = group_name(self.group)
-        return tuple((f"{name}: {block}", *numbers) for block, numbers in found.items())
+        """What has to stay the same for two sketches of each block to be comparable, in order.
+
+        A block is a unit, or in a row of more than `MOST_BLOCKS` units some that follow each other.
+        """
+        return _divided(self.group, self.sizes, self.units)[1]
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -110,17 +100,19 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
     """
     result = []
     for number, group in enumerate(param_groups):
-        held: dict[str, list[tuple[Tensor, str]]] = {}
-        for index, parameter in enumerate(group["params"]):
-            if parameter.requires_grad:
-                block = _block(group, index)
-                row = block if granularity == "block" else ""
-                held.setdefault(row, []).append((parameter, block))
-        for row, members in held.items():
-            name = f"{group_name(number)}: {row}" if row else group_name(number)
-            parameters, blocks = zip(*members, strict=True)
+        trainable = [index for index, p in enumerate(group["params"]) if p.requires_grad]
+        units = _units(group)
+        held = {"": trainable} if trainable else {}
+        if granularity == "block":
+            held = {}
+            for index in trainable:
+                held.setdefault(units[index], []).append(index)
+        for unit, members in held.items():
+            name = f"{group_name(number)}: {unit}" if unit else group_name(number)
+            parameters = tuple(group["params"][index] for index in members)
             sizes = tuple(map(real_size, parameters))
-            result.append(Row(name, number, parameters, sizes, blocks))
+            within = tuple(units[index] for index in members)
+            result.append(Row(name, number, parameters, sizes, within))
     return result
 
 
@@ -134,14 +126,68 @@ def real_size(parameter: Tensor) -> int:
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
-def _block(group: dict[str, Any], index: int) -> str:
+def _units(group: dict[str, Any]) -> list[str]:
     names = group.get("param_names")
-    if not names:
-        return f"tensor {index}"
-    return _layer(names[index])
+    if names:
+        return list(map(_layer, names))
+    return [f"tensor {index}" for index in range(len(group["params"]))]
 
 
 @lru_cache(maxsize=16_384)
 def _layer(name: str) -> str:
     layer = re.match(r".*?\.\d+(?=\.)", name)
     return layer.group() if layer else str(name)
+
+
+@lru_cache(maxsize=1024)
+def _divided(
+    group: int, sizes: tuple[int, ...], units: tuple[str, ...]
+) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
+    """The stretches and the blocks of a row."""
+    size_of: dict[str, int] = {}
+    for size, unit in zip(sizes, units, strict=True):
+        size_of[unit] = size_of.get(unit, 0) + size
+    number_of = dict(zip(size_of, parts(tuple(size_of.values()), MOST_BLOCKS), strict=True))
+    stretches: list[Stretch] = []
+    blocks: dict[int, BlockSignature] = {}
+    place = 0
+    for size, unit in zip(sizes, units, strict=True):
+        number = number_of[unit]
+        new = (f"{group_name(group)}: {unit}", 0, 0, place)
+        name, count, so_far, first = blocks.get(number, new)
+        blocks[number] = (name, count + 1, so_far + size, first)
+        place += size
+        if stretches and stretches[-1][1] == number:
+            stretches.pop()
+        stretches.append((place, number))
+    return tuple(stretches), tuple(blocks.values())
+
+
+def parts(sizes: Sequence[int], most: int) -> list[int]:
+    """Put neighbours together until there are few parts, none larger than need be.
+
+    Args:
+        sizes: of what is put together.
+        most: number of parts.
+
+    Returns:
+        The part of each, from 0. Only what is alone in its part may be larger than the largest part of
+        several, and no smaller bound on these would do.
+
+    Example:
+        >>> parts([9, 1, 1, 2, 1], most=3)
+        [0, 1, 1, 2, 2]
+    """
+
+    def within(bound: int) -> list[int]:
+        numbers, filled = [0] * len(sizes), 0
+        for index, size in enumerate(sizes):
+            begins = index > 0 and filled + size > bound
+            numbers[index] = numbers[index - 1] + begins if index else 0
+            filled = size if begins else filled + size
+        return numbers
+
+    if len(sizes) <= most:
+        return list(range(len(sizes)))
+    bound = bisect_left(range(sum(sizes)), True, key=lambda bound: within(bound)[-1] < most)
+    return within(bound)

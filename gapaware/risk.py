@@ -6,8 +6,8 @@ linear, so the difference of two tells it; what it says about forgetting is meas
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Start:
     blocks: tuple[BlockSignature, ...]
     widths: tuple[int, ...]
     shares: Tensor
+    # kept, since they only change with what counts
+    _known: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def followed(
         self, blocks: Sequence[BlockSignature], widths: Sequence[int], now: Tensor
@@ -61,32 +63,30 @@ class Start:
             A number in float64 on the same device, not finite where the start is not. A block that started
             at zero is left out as a new head is; NaN where there is no other. None where no block counts.
         """
-        start = self.shares.to(now)
-        moved, size = self._sums((now - start).square()), self._sums(start.square())
-        ratios = torch.stack((torch.where(size == 0, 0.0, moved / size), (size != 0).to(size)))
-        if not all(counted):
-            # in slices, since indices in a list would have the host wait for the device
-            runs = [(counts, len(list(run))) for counts, run in groupby(counted)]
-            ends = accumulate(length for _, length in runs)
-            chosen = [
-                ratios[:, end - length : end]
-                for (counts, length), end in zip(runs, ends, strict=True)
-                if counts
-            ]
-            if not chosen:
-                return None
-            ratios = torch.cat(chosen, 1)
-        sums = ratios.sum(1)
-        return sums[0] / sums[1]
+        if not any(counted):
+            return None
+        moved = now - self._wide
+        return (moved * moved) @ self._weights(tuple(counted))
 
-    def _sums(self, values: Tensor) -> Tensor:
-        """Of each block, (blocks,)."""
-        if len(set(self.widths)) == 1:
-            return values.view(len(self.widths), -1).sum(1)
-        return torch.stack([part.sum() for part in values.split(self.widths)])
+    @cached_property
+    def _wide(self) -> Tensor:
+        return self.shares.double()
+
+    def _weights(self, counted: tuple[bool, ...]) -> Tensor:
+        """Of each number in the risk: 1/‖θ_0‖² of its block, by the number of blocks that have a part."""
+        if counted not in self._known:
+            size = torch.stack([part.square().sum() for part in self._wide.split(self.widths)])
+            chosen = send(torch.tensor(counted, device="cpu"), size.device) & (size != 0)
+            weights = torch.where(chosen, 1 / size, 0.0) / chosen.sum()
+            self._known[counted] = torch.cat(
+                [w.expand(width) for w, width in zip(weights, self.widths, strict=True)]
+            )
+        return self._known[counted]
 
     def to(self, device: torch.device) -> "Start":
-        """The same on another device."""
+        """The same on a device."""
+        if device == self.shares.device:
+            return self
         return Start(self.blocks, self.widths, send(self.shares, device))
 
     def state_dict(self) -> dict[str, Any]:
