@@ -51,7 +51,7 @@ class Row:
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """Where in the row each stretch of one block ends, and the number of the block."""
-        return _divided(self.group, self.sizes, self.units)[0]
+        return self._divided[0]
 
     @cached_property
     def blocks(self) -> tuple[BlockSignature, ...]:
@@ -59,7 +59,11 @@ class Row:
 
         A block is a unit, or in a row of more than `MOST_BLOCKS` units some that follow each other.
         """
-        return _divided(self.group, self.sizes, self.units)[1]
+        return self._divided[1]
+
+    @cached_property
+    def _divided(self) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
+        return _divided(self.group, self.sizes, self.units)
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -100,19 +104,17 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
     """
     result = []
     for number, group in enumerate(param_groups):
-        trainable = [index for index, p in enumerate(group["params"]) if p.requires_grad]
-        units = _units(group)
-        held = {"": trainable} if trainable else {}
-        if granularity == "block":
-            held = {}
-            for index in trainable:
-                held.setdefault(units[index], []).append(index)
+        everything = group["params"]
+        units = _units(tuple(group.get("param_names") or ()), len(everything))
+        held: dict[str, list[int]] = {}
+        for index, parameter in enumerate(everything):
+            if parameter.requires_grad:
+                held.setdefault(units[index] if granularity == "block" else "", []).append(index)
         for unit, members in held.items():
             name = f"{group_name(number)}: {unit}" if unit else group_name(number)
-            parameters = tuple(group["params"][index] for index in members)
+            parameters = tuple([everything[index] for index in members])
             sizes = tuple(map(real_size, parameters))
-            within = tuple(units[index] for index in members)
-            result.append(Row(name, number, parameters, sizes, within))
+            result.append(Row(name, number, parameters, sizes, tuple([units[i] for i in members])))
     return result
 
 
@@ -126,17 +128,15 @@ def real_size(parameter: Tensor) -> int:
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
-def _units(group: dict[str, Any]) -> list[str]:
-    names = group.get("param_names")
-    if names:
-        return list(map(_layer, names))
-    return [f"tensor {index}" for index in range(len(group["params"]))]
-
-
-@lru_cache(maxsize=16_384)
-def _layer(name: str) -> str:
-    layer = re.match(r".*?\.\d+(?=\.)", name)
-    return layer.group() if layer else str(name)
+@lru_cache(maxsize=256)
+def _units(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """The unit of each of a group's parameters, with or without names."""
+    if not names:
+        return tuple(f"tensor {index}" for index in range(count))
+    layers = [re.match(r".*?\.\d+(?=\.)", name) for name in names]
+    return tuple(
+        found.group() if found else str(name) for found, name in zip(layers, names, strict=True)
+    )
 
 
 @lru_cache(maxsize=1024)
