@@ -52,7 +52,7 @@ JUDGED = ("adamw", "default")
 CASES = {
     JUDGED: tuple(SEEDS),
     ("adamw", "retain"): CHEAP,
-    ("adamw", "tensors"): (SPLIT.name, ROTATED.name),
+    ("adamw", "tensors"): (SPLIT.name, ROTATED.name, BIBLE_TO_CODE.name),
     ("adamw", "blocks"): tuple(SEEDS),
     ("muon", "blocks"): (SPLIT.name, ROTATED.name),
 }

@@ -52,7 +52,9 @@ class Tally:
         self._low, self._high = low, high
         self._stretches = stretches
         self.begins = frozenset([0, *(end for end, _ in stretches)])
-        self._found: list[Tensor | None] = [None] * (max(n for _, n in stretches) + 1)
+        # of each block the accumulator after it and before it, None for zeros; several times if parted
+        self._found: list[list[tuple[Tensor, Tensor | None]]]
+        self._found = [[] for _ in range(max(n for _, n in stretches) + 1)]
         self._number = 0
         self._window = (0, 0)  # rows of the accumulator that the block can reach
         self._touched = 0  # from here on they are zero
@@ -80,10 +82,7 @@ class Tally:
             self._touched = max(self._touched, self._window[1])
         after = self._fold()
         if after is not None:
-            added = after if self._before is None else after - self._before
-            block = self._stretches[self._number][1]
-            sofar = self._found[block]
-            self._found[block] = added if sofar is None else sofar + added
+            self._found[self._stretches[self._number][1]].append((after, self._before))
         return after
 
     def flushed(self) -> None:
@@ -93,8 +92,15 @@ class Tally:
 
     def shares(self) -> Tensor:
         """The short sketches of the blocks, one after another: float64, (blocks·WIDTH,)."""
-        nothing = self._high.new_zeros(WIDTH)
-        return torch.cat([nothing if found is None else found for found in self._found]).double()
+        zero = self._low.new_zeros(WIDTH)
+        once = [found[0] if found else (zero, None) for found in self._found]
+        afters = torch.cat([after for after, _ in once])
+        befores = torch.cat([zero if before is None else before for _, before in once])
+        shares = (afters - befores).double()
+        for share, found in zip(shares.view(-1, WIDTH), self._found, strict=True):
+            for after, before in found[1:]:
+                share += after if before is None else after - before
+        return shares
 
     def _fold(self) -> Tensor | None:
         """The block's part of the accumulator, folded; None where it is known to be zero."""

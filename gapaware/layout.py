@@ -18,8 +18,8 @@ from gapaware.blocks import Stretch
 from gapaware.distributed import Sharing, local_pieces
 
 GRANULARITIES = ("global", "group", "block")
-# each costs a look at the accumulator of the sketch: half of what adding a chunk to it does
-MOST_BLOCKS = 16
+# of a row. Each costs a look at the accumulator of its sketch, and more of them foretell nothing more
+MOST_BLOCKS = 8
 
 # name of the first unit, number of parameters, numbers in them, place of the first in the row
 BlockSignature = tuple[str, int, int, int]
@@ -57,7 +57,8 @@ class Row:
     def blocks(self) -> tuple[BlockSignature, ...]:
         """What has to stay the same for two sketches of each block to be comparable, in order.
 
-        A block is a unit, or in a row of more than `MOST_BLOCKS` units some that follow each other.
+        A block is a unit, or in a row of more than `MOST_BLOCKS` units some neighbours together; then a
+        parameter more or less may change them all.
         """
         return self._divided[1]
 
@@ -171,8 +172,8 @@ def parts(sizes: Sequence[int], most: int) -> list[int]:
         most: number of parts.
 
     Returns:
-        The part of each, from 0. Only what is alone in its part may be larger than the largest part of
-        several, and no smaller bound on these would do.
+        The part of each, from 0. What is large is alone in its part, and the largest part of several is as
+        small as `most` allows.
 
     Example:
         >>> parts([9, 1, 1, 2, 1], most=3)
@@ -180,11 +181,13 @@ def parts(sizes: Sequence[int], most: int) -> list[int]:
     """
 
     def within(bound: int) -> list[int]:
-        numbers, filled = [0] * len(sizes), 0
-        for index, size in enumerate(sizes):
-            begins = index > 0 and filled + size > bound
-            numbers[index] = numbers[index - 1] + begins if index else 0
-            filled = size if begins else filled + size
+        numbers: list[int] = []
+        number = filled = 0
+        for size in sizes:
+            if numbers and filled + size > bound:
+                number, filled = number + 1, 0
+            numbers.append(number)
+            filled += size
         return numbers
 
     if len(sizes) <= most:

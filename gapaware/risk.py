@@ -1,8 +1,9 @@
 """How far the weights have moved from where training began: forgetting seen live, without old data.
 
 The risk is ‖θ − θ_0‖²/‖θ_0‖², the squared distance from the start relative to the start, as the mean over
-the blocks: layers or tensors, whatever the controller looks at. Their short sketches (see `blocks.py`) are
-linear, so the difference of two tells it; what it says about forgetting is measured in benchmarks/risk.py.
+the blocks: layers or tensors, neighbours of them together where a row has many (see `layout.py`). Their
+short sketches (see `blocks.py`) are linear, so the difference of two tells it; what it says about
+forgetting is measured in benchmarks/risk.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,10 +1,13 @@
 """The short sketches of blocks: against the definition, and what they leave alone."""
 
+from itertools import combinations, groupby
+
 import numpy as np
 import pytest
 import torch
 
 from gapaware.blocks import CHUNK, WIDTH
+from gapaware.layout import MOST_BLOCKS, parts, rows
 from gapaware.sketch import CHUNKS_PER_FLUSH, CountSketch, chunk_flips, chunk_offsets, sign_table
 
 CPU = torch.device("cpu")
@@ -103,3 +106,59 @@ def test_error_of_a_squared_norm(kind):
         _, shares = CountSketch(64, seed).rows([[(x.view(-1), 0)]], CPU)
         errors.append(float(shares.square().sum() / x.double().square().sum()) - 1)
     assert np.sqrt(np.mean(np.square(errors))) < 1.4 * (2 / WIDTH) ** 0.5
+
+
+# -- which blocks a row has ------------------------------------------------------------------------
+
+
+def sums_of_several(sizes, numbers):
+    """Of each part that has more than one member, their sum."""
+    of_part = groupby(zip(sizes, numbers, strict=True), key=lambda pair: pair[1])
+    members = [[size for size, _ in part] for _, part in of_part]
+    return [sum(part) for part in members if len(part) > 1]
+
+
+def test_parts_are_as_small_as_they_can_be():
+    """Against all ways to cut a short list."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        sizes, most = rng.integers(0, 20, 8).tolist(), int(rng.integers(1, 8))
+        numbers = parts(sizes, most)
+        assert numbers[0] == 0
+        assert set(np.diff(numbers)) <= {0, 1}
+        assert numbers[-1] < most
+        best = min(
+            max(sums_of_several(sizes, np.searchsorted(cuts, range(8), "right")), default=0)
+            for cuts in combinations(range(1, 8), most - 1)
+        )
+        assert max(sums_of_several(sizes, numbers), default=0) == best
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_many_units_share_few_blocks_and_never_across_rows(named):
+    tensors = [torch.nn.Parameter(x) for x in random(5000, *[100, 3] * 20, 700)]
+    first, second = tensors[:-3], tensors[-3:]
+    groups = [{"params": first}, {"params": second}]
+    if named:
+        groups[0]["param_names"] = [f"layer{i // 2}.{i % 2}.x" for i in range(len(first))]
+        groups[1]["param_names"] = ["a", "b", "c"]
+    one, other = rows(groups, "global")
+    assert one.blocks[0] == ("group 0: layer0.0" if named else "group 0: tensor 0", 1, 5000, 0)
+    assert len(one.blocks) == MOST_BLOCKS
+    assert sum(count for _, count, _, _ in one.blocks) == len(first)
+    assert max(size for _, _, size, _ in one.blocks[1:]) < 2 * 2000 / (MOST_BLOCKS - 1)
+    ends = np.cumsum([size for _, _, size, _ in one.blocks]).tolist()
+    assert one.stretches == tuple((end, number) for number, end in enumerate(ends))
+    assert [size for _, _, size, _ in other.blocks] == [100, 3, 700][-len(other.blocks) :]
+
+
+def test_a_layer_in_several_places_is_in_one_block():
+    """Weights first, biases after them: each bias counts with its weight."""
+    tensors = [torch.nn.Parameter(x) for x in random(*[90] * 20, *[1] * 20)]
+    names = [f"h.{i}.{kind}" for kind in ("weight", "bias") for i in range(20)]
+    (row,) = rows([{"params": tensors, "param_names": names}], "global")
+    assert sum(size for _, _, size, _ in row.blocks) == 20 * 91
+    assert {size % 91 for _, _, size, _ in row.blocks} == {0}
+    ends, numbers = zip(*row.stretches, strict=True)
+    assert ends[-1] == row.size
+    assert sorted(numbers) == sorted(2 * list(range(len(row.blocks))))

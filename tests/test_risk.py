@@ -17,6 +17,7 @@ from benchmarks import risk as study
 from gapaware import GapAware
 from gapaware.blocks import WIDTH
 from gapaware.history import read_log
+from gapaware.layout import MOST_BLOCKS, parts
 from gapaware.report import statistics, summarize
 from gapaware.sketch import CountSketch
 
@@ -87,6 +88,15 @@ def named_blocks(model):
     return [[model["embedding"].weight], *body, *rest]
 
 
+def together(units):
+    """As a row has them: a few blocks of neighbours."""
+    numbers = parts([len(flat(unit)) for unit in units], MOST_BLOCKS)
+    blocks = [[] for _ in range(numbers[-1] + 1)]
+    for number, unit in zip(numbers, units, strict=True):
+        blocks[number] += unit
+    return blocks
+
+
 def steps_of(model, optimizer, steps):
     """Train on random tokens, and yield after each step."""
     generator = torch.Generator().manual_seed(0)
@@ -110,12 +120,36 @@ def test_the_mean_over_blocks_whatever_the_rows(granularity, named):
     base = torch.optim.AdamW(model.named_parameters() if named else model.parameters(), lr=1e-2)
     optimizer = GapAware(base, **{**SMALL, "granularity": granularity})
     blocks = named_blocks(model) if named else tensors(model)
+    if granularity == "global":
+        blocks = together(blocks)
     starts = [flat(block) for block in blocks]
     formula = [exact(blocks, starts) for _ in steps_of(model, optimizer, 41)]
     assert len(optimizer.history) == 19
     sigma = (2 * 2 / WIDTH / len(blocks)) ** 0.5
     for record in optimizer.history:
         assert record["risk"] == pytest.approx(formula[record["step"] - 1], rel=3 * sigma)
+
+
+def test_many_tensors_are_taken_together_even_with_some_that_start_at_zero():
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(12)])
+    for layer in model[:-1]:
+        nn.init.zeros_(layer.bias)
+    parameters = list(model.parameters())
+    base = torch.optim.AdamW(
+        [{"params": parameters[:-2]}, {"params": parameters[-2:], "anchor": False}], lr=1e-2
+    )
+    optimizer = GapAware(base, **{**SMALL, "sketch_dim": None})
+    blocks = together([[p] for p in parameters[:-2]])
+    assert 1 < len(blocks) <= MOST_BLOCKS
+    starts, x, formula = [flat(block) for block in blocks], torch.randn(32, 3), []
+    for _ in range(21):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        formula.append(exact(blocks, starts))
+    assert len(optimizer.history) == 9
+    for record in optimizer.history:
+        assert record["risk"] == pytest.approx(formula[record["step"] - 1], rel=1e-9)
 
 
 def test_rows_of_whole_groups_do_not_change_what_the_law_sees():
