@@ -39,22 +39,22 @@ POINTS = 30  # of a run, about evenly spaced in the logarithm of the step
 CHEAP = (SPLIT.name, ROTATED.name, FASHION_TO_DIGITS.name)
 SEEDS = {**dict.fromkeys(CHEAP, 5), BIBLE_TO_CODE.name: 2}
 MODES: dict[str, dict[str, Any]] = {
-    "blocks": {"mode": "observe", "interval": 1, "granularity": "block"},
-    "groups": {
+    "default": {"mode": "observe", "interval": 1},
+    "tensors": {
         "mode": "observe",
         "interval": 1,
-    },  # as the Trainer makes them: biases and norms apart
-    "default": {"mode": "observe", "interval": 1},
+    },  # the optimizer was not told the parameters' names
     "retain": {"mode": "retain"},
+    "blocks": {"mode": "observe", "interval": 1, "granularity": "block"},
 }
-JUDGED = ("adamw", "blocks")
+JUDGED = ("adamw", "default")
 # base and how it is watched, and where; the last two move the weights further or less for a learning rate
 CASES = {
     JUDGED: tuple(SEEDS),
-    ("adamw", "groups"): tuple(SEEDS),
-    ("adamw", "default"): tuple(SEEDS),
-    ("muon", "blocks"): (SPLIT.name, ROTATED.name),
     ("adamw", "retain"): CHEAP,
+    ("adamw", "tensors"): (SPLIT.name, ROTATED.name, BIBLE_TO_CODE.name),
+    ("adamw", "blocks"): tuple(SEEDS),
+    ("muon", "blocks"): (SPLIT.name, ROTATED.name),
 }
 GOAL = 0.8
 EARLY = 0.1  # share of the steps after which the end is foretold
@@ -74,8 +74,9 @@ def do(run: Run) -> Row:
     base = training.optimizer()
     if task.fresh and run.base == "adamw":  # a new head has no start worth keeping
         _set_apart(base, lambda name, _: name.startswith(task.fresh), anchor=False)
-    if run.method == "groups":
-        _set_apart(base, lambda _, p: p.ndim < 2)
+    if run.method == "tensors":
+        for group in base.param_groups:
+            del group["param_names"]
     optimizer = GapAware(base, history_size=2 * task.steps, **MODES[run.method])
     started = time.perf_counter()
     points = training.finetune(optimizer)

@@ -1,5 +1,8 @@
 """The sketch on CUDA: one Triton kernel that reads all tensors, and one that folds the sums.
 
+What they sketch are blocks: their long sketches add up to those of the rows, their short ones are folded
+from the same sums.
+
 Each program owns `BLOCK` places of the accumulator and walks through the parts of chunks that its work
 list names (`worklist.py`), each thread with loads of `LANES` elements. Nothing is added atomically: every
 sum has one owner and one order, so a snapshot has the same bits on every run. The host only launches; it
@@ -13,15 +16,17 @@ order.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, _gather_order, buckets, sign_table
+from gapaware.blocks import CHUNK, WIDTH, Stretch
+from gapaware.sketch import CHUNKS_PER_FLUSH, _gather_order, buckets, sign_table
 from gapaware.transfer import send
 from gapaware.worklist import BLOCK, LANES, Batch, Piece, batches
 
@@ -49,6 +54,8 @@ WARP = 32
 # multiprocessor, where latency times bandwidth is 20 KB.
 UNROLL = 4
 REGISTERS = 64
+# blocks that are in work at once, or as many as there are rows if that is more
+MOST = 64
 # values that a program folds at once, and buckets that it folds them into
 TILE, WIDE = 4096, 64
 
@@ -67,17 +74,20 @@ class Fused:
         self._signs = send(torch.from_numpy(sign_bits(seed)), device)
         order = _gather_order(torch.from_numpy(buckets(dim, seed)), dim)
         self._order = send(order.to(torch.int32), device)
+        order = _gather_order(torch.arange(CHUNK, device="cpu") % WIDTH, WIDTH)
+        self._short_order = send(order.to(torch.int32), device)
         self._key: Hashable = None
-        self._planned: tuple[int, dict[torch.dtype, list[Piece]]] | None = None
-        self._work: list[tuple[Batch, list[tuple[Tensor, ...]], Tensor]] = []
+        self._planned: tuple[list[int], dict[torch.dtype, list[Piece]]] | None = None
+        self._work: list[_Launch] = []
 
     def __call__(
         self,
         rows: Sequence[Iterable[tuple[Tensor, int]]],
         resident: frozenset[int],
         key: Hashable,
-        sketch: Callable[[Iterable[tuple[Tensor, int]]], Tensor],
-    ) -> Tensor:
+        sketch: Callable[[Iterable[tuple[Tensor, int]], Sequence[Stretch]], tuple[Tensor, Tensor]],
+        stretches: Sequence[Sequence[Stretch]],
+    ) -> tuple[Tensor, Tensor]:
         """See `CountSketch.rows`.
 
         Args:
@@ -86,48 +96,57 @@ class Fused:
             key: of the pieces; None to look at them in any case.
             sketch: for pieces that the kernel does not take: temporary copies, which would all have to be
                 kept until it has run, and other dtypes.
+            stretches: of each row.
 
         Returns:
-            float64, (rows, dim).
+            float64, (rows, dim), and of all blocks (blocks·WIDTH,).
         """
-        others: list[tuple[int, Tensor]] = []
+        counts = [1 + max(number for _, number in ends) for ends in stretches]
+        blocks = [0, *accumulate(counts)]  # the first of each row
+        others: list[tuple[int, Tensor, Tensor]] = []
         if key is None or key != self._key:
             pieces: dict[torch.dtype, list[Piece]] = {dtype: [] for dtype in DTYPES}
             for row, given in enumerate(rows):
-                left = _sort_out(row, given, resident, pieces)
+                left = _sort_out(blocks[row], stretches[row], given, resident, pieces)
                 for first in left:
-                    others.append((row, sketch(chain((first,), left))))
-            if (len(rows), pieces) != self._planned:
-                self._plan(len(rows), pieces)
+                    others.append((row, *sketch(chain((first,), left), stretches[row])))
+            if (counts, pieces) != self._planned:
+                self._plan(counts, pieces)
             self._key = None if others else key
-        sketches = torch.empty(len(rows), self._dim, dtype=torch.float64, device=self._device)
+        sketches = torch.zeros(len(rows), self._dim, dtype=torch.float64, device=self._device)
+        shares = sketches.new_empty(blocks[-1], WIDTH)
         with torch.cuda.device_of(sketches):
             for work in self._work:
-                self._launch(sketches, *work)
-        for row, other in others:
+                self._launch(sketches, shares, work)
+        for row, other, of_blocks in others:
             sketches[row] += other
-        return sketches
+            shares[blocks[row] : blocks[row + 1]] += of_blocks.view(-1, WIDTH)
+        return sketches, shares.view(-1)
 
-    def _plan(self, rows: int, pieces: dict[torch.dtype, list[Piece]]) -> None:
+    def _plan(self, counts: list[int], pieces: dict[torch.dtype, list[Piece]]) -> None:
         kinds = [(dtype.itemsize, some) for dtype, some in pieces.items()]
-        work = []
-        for batch in batches(kinds, rows=rows, dim=self._dim, seed=self._seed):
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        most = max(len(counts), MOST)
+        self._planned, self._work = (counts, pieces), []
+        for batch in batches(kinds, rows=len(row_of), most=most, dim=self._dim, seed=self._seed):
+            rows = row_of[batch.first_row : batch.first_row + len(batch.rows)]
             tables = [
                 tuple(self._table(t) for t in (one.items, one.segments, one.programs))
                 for one in batch.work
             ]
-            work.append((batch, tables, self._table(batch.rows)))
-        self._planned, self._work = (rows, pieces), work
+            lengths = self._table(np.bincount(rows - rows[0]))
+            self._work.append(
+                _Launch(batch, tables, self._table(batch.rows), int(rows[0]), lengths)
+            )
 
     def _table(self, values: np.ndarray) -> Tensor:
         return send(torch.from_numpy(values), self._device)
 
-    def _launch(
-        self, sketches: Tensor, batch: Batch, tables: list[tuple[Tensor, ...]], rows: Tensor
-    ) -> None:
+    def _launch(self, sketches: Tensor, shares: Tensor, work: _Launch) -> None:
+        batch = work.batch
         partials = torch.empty(batch.partials, dtype=torch.float32, device=self._device)
         for (dtype, element), (items, segments, programs) in zip(
-            DTYPES.items(), tables, strict=True
+            DTYPES.items(), work.tables, strict=True
         ):
             if len(programs):
                 _add_up[(len(programs),)](
@@ -146,19 +165,38 @@ class Fused:
                     num_warps=BLOCK // LANES // WARP,
                     maxnreg=REGISTERS,
                 )
-        places = -(-CHUNK // self._dim)
+        blocks = sketches.new_empty(len(batch.rows), self._dim)
+        self._fold_into(partials, work.blocks, self._order, blocks)
+        self._fold_into(partials, work.blocks, self._short_order, shares[batch.first_row :])
+        rows = sketches.narrow(0, work.first_row, len(work.lengths))
+        rows += torch.segment_reduce(blocks, "sum", lengths=work.lengths, axis=0)
+
+    def _fold_into(self, partials: Tensor, blocks: Tensor, order: Tensor, into: Tensor) -> None:
+        dim = into.shape[1]
+        places = -(-CHUNK // dim)
         deep = min(triton.next_power_of_2(places), 256)
         wide = min(TILE // deep, WIDE)
-        _fold[(len(rows), triton.cdiv(self._dim, wide))](
-            partials,
-            rows,
-            self._order,
-            sketches[batch.first_row :],
-            self._dim,
-            places,
-            DEEP=deep,
-            WIDE=wide,
+        _fold[(len(blocks), triton.cdiv(dim, wide))](
+            partials, blocks, order, into, dim, places, DEEP=deep, WIDE=wide
         )
+
+
+class _Launch(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        batch: what is in it.
+        tables: items, segments and programs of each dtype.
+        blocks: the rows of the batch, each of which is a block.
+        first_row: to which the first of them belongs.
+        lengths: how many of them belong to that row and to each after it.
+    """
+
+    batch: Batch
+    tables: list[tuple[Tensor, ...]]
+    blocks: Tensor
+    first_row: int
+    lengths: Tensor
 
 
 def sign_bits(seed: int) -> np.ndarray:
@@ -183,16 +221,21 @@ def sign_bits(seed: int) -> np.ndarray:
 
 
 def _sort_out(
-    row: int,
+    first_block: int,
+    stretches: Sequence[Stretch],
     given: Iterable[tuple[Tensor, int]],
     resident: frozenset[int],
     pieces: dict[torch.dtype, list[Piece]],
 ) -> Iterator[tuple[Tensor, int]]:
     """Note the pieces that the kernel can read where they are, and hand on the others."""
+    ends = [end for end, _ in stretches]
     for flat, place in given:
+        if not flat.numel():
+            continue
         readable = flat.dtype in pieces and flat.is_contiguous()
         if readable and flat.untyped_storage().data_ptr() in resident:
-            pieces[flat.dtype].append(Piece(row, flat.data_ptr(), flat.numel(), place))
+            block = first_block + stretches[bisect_right(ends, place)][1]
+            pieces[flat.dtype].append(Piece(block, flat.data_ptr(), flat.numel(), place))
         else:
             yield flat, place
 
@@ -217,7 +260,7 @@ def _add_up(  # type: ignore[no-untyped-def]  # pragma: no cover
 ):
     """Sum the parts of a layer over one block of places; see `worklist.Work` for the tables."""
     program = programs + 4 * tl.program_id(0)
-    segment = segments + 6 * tl.load(program)
+    segment = segments + 7 * tl.load(program)
     start = tl.load(program + 1).to(tl.int32)
     column = tl.arange(0, BLOCK // LANES)[:, None] * LANES
     lane = tl.arange(0, LANES)[None, :]
@@ -247,7 +290,7 @@ def _add_up(  # type: ignore[no-untyped-def]  # pragma: no cover
         exact, items, first, last, signs, start, column, lane, ELEMENT, LANES, UNROLL, FLUSH
     )
     place = start + column + lane
-    here = (place >= 0) & (place < tl.load(segment + 5))
+    here = (place >= tl.load(segment + 6)) & (place < tl.load(segment + 5))
     tl.store(partials + tl.load(segment + 4) + place, exact.to(tl.float32), mask=here)
 
 
@@ -305,9 +348,10 @@ def _fold(  # type: ignore[no-untyped-def]  # pragma: no cover
 ):
     """Add up the layers and the places of each bucket of one row."""
     row = tl.program_id(0)
-    begin = tl.load(rows + 3 * row)
-    layers = tl.load(rows + 3 * row + 1)
-    reach = tl.load(rows + 3 * row + 2)
+    begin = tl.load(rows + 4 * row)
+    layers = tl.load(rows + 4 * row + 1)
+    reach = tl.load(rows + 4 * row + 2)
+    least = tl.load(rows + 4 * row + 3)
     bucket = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.zeros([DEEP, WIDE], tl.float64)
     for first in range(0, places, DEEP):
@@ -315,6 +359,7 @@ def _fold(  # type: ignore[no-untyped-def]  # pragma: no cover
         known = (nth < places) & (bucket[None, :] < dim)
         place = tl.load(order + nth * dim + bucket[None, :], mask=known, other=reach)
         for layer in range(layers):
-            at = partials + begin + layer * reach + place
-            total += tl.load(at, mask=place < reach, other=0.0).to(tl.float64)
+            at = partials + begin + layer * (reach - least) + place
+            here = (place >= least) & (place < reach)
+            total += tl.load(at, mask=here, other=0.0).to(tl.float64)
     tl.store(sketches + row.to(tl.int64) * dim + bucket, tl.sum(total, axis=0), mask=bucket < dim)

@@ -5,16 +5,24 @@ Gram matrix of the whole model is the sum over the rows.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gapaware.blocks import Stretch
 from gapaware.distributed import Sharing, local_pieces
 
 GRANULARITIES = ("global", "group", "block")
+# of a row. Each costs a look at the accumulator of its sketch, and more of them foretell nothing more
+MOST_BLOCKS = 8
+
+# name of the first unit, number of parameters, numbers in them, place of the first in the row
+BlockSignature = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,17 +34,37 @@ class Row:
         group: index of the parameter group.
         parameters: the trainable parameters, in the group's order.
         sizes: number of real numbers in each of them, over all ranks.
+        units: the layer of each parameter, or where the group has no names the tensor.
     """
 
     name: str
     group: int
     parameters: tuple[Tensor, ...]
     sizes: tuple[int, ...]
+    units: tuple[str, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of real numbers in all of them."""
         return sum(self.sizes)
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Where in the row each stretch of one block ends, and the number of the block."""
+        return self._divided[0]
+
+    @cached_property
+    def blocks(self) -> tuple[BlockSignature, ...]:
+        """What has to stay the same for two sketches of each block to be comparable, in order.
+
+        A block is a unit, or in a row of more than `MOST_BLOCKS` units some neighbours together; then a
+        parameter more or less may change them all.
+        """
+        return self._divided[1]
+
+    @cached_property
+    def _divided(self) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
+        return _divided(self.group, self.sizes, self.units)
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -77,10 +105,17 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
     """
     result = []
     for number, group in enumerate(param_groups):
-        for block, parameters in _blocks(group, granularity).items():
-            name = f"{group_name(number)}: {block}" if block else group_name(number)
+        everything = group["params"]
+        units = _units(tuple(group.get("param_names") or ()), len(everything))
+        held: dict[str, list[int]] = {}
+        for index, parameter in enumerate(everything):
+            if parameter.requires_grad:
+                held.setdefault(units[index] if granularity == "block" else "", []).append(index)
+        for unit, members in held.items():
+            name = f"{group_name(number)}: {unit}" if unit else group_name(number)
+            parameters = tuple([everything[index] for index in members])
             sizes = tuple(map(real_size, parameters))
-            result.append(Row(name, number, tuple(parameters), sizes))
+            result.append(Row(name, number, parameters, sizes, tuple([units[i] for i in members])))
     return result
 
 
@@ -94,21 +129,68 @@ def real_size(parameter: Tensor) -> int:
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
-def _blocks(group: dict[str, Any], granularity: str) -> dict[str, list[Tensor]]:
-    """The trainable parameters of a group by block; all in one, "", unless `granularity` is "block"."""
-    if granularity != "block":
-        trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
-        return {"": trainable} if trainable else {}
-    blocks: dict[str, list[Tensor]] = {}
-    for index, parameter in enumerate(group["params"]):
-        if parameter.requires_grad:
-            blocks.setdefault(_block(group, index), []).append(parameter)
-    return blocks
-
-
-def _block(group: dict[str, Any], index: int) -> str:
-    names = group.get("param_names")
+@lru_cache(maxsize=256)
+def _units(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """The unit of each of a group's parameters, with or without names."""
     if not names:
-        return f"tensor {index}"
-    layer = re.match(r".*?\.\d+(?=\.)", names[index])
-    return layer.group() if layer else str(names[index])
+        return tuple(f"tensor {index}" for index in range(count))
+    layers = [re.match(r".*?\.\d+(?=\.)", name) for name in names]
+    return tuple(
+        found.group() if found else str(name) for found, name in zip(layers, names, strict=True)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _divided(
+    group: int, sizes: tuple[int, ...], units: tuple[str, ...]
+) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
+    """The stretches and the blocks of a row."""
+    size_of: dict[str, int] = {}
+    for size, unit in zip(sizes, units, strict=True):
+        size_of[unit] = size_of.get(unit, 0) + size
+    number_of = dict(zip(size_of, parts(tuple(size_of.values()), MOST_BLOCKS), strict=True))
+    stretches: list[Stretch] = []
+    blocks: dict[int, BlockSignature] = {}
+    place = 0
+    for size, unit in zip(sizes, units, strict=True):
+        number = number_of[unit]
+        new = (f"{group_name(group)}: {unit}", 0, 0, place)
+        name, count, so_far, first = blocks.get(number, new)
+        blocks[number] = (name, count + 1, so_far + size, first)
+        place += size
+        if stretches and stretches[-1][1] == number:
+            stretches.pop()
+        stretches.append((place, number))
+    return tuple(stretches), tuple(blocks.values())
+
+
+def parts(sizes: Sequence[int], most: int) -> list[int]:
+    """Put neighbours together until there are few parts, none larger than need be.
+
+    Args:
+        sizes: of what is put together.
+        most: number of parts.
+
+    Returns:
+        The part of each, from 0. What is large is alone in its part, and the largest part of several is as
+        small as `most` allows.
+
+    Example:
+        >>> parts([9, 1, 1, 2, 1], most=3)
+        [0, 1, 1, 2, 2]
+    """
+
+    def within(bound: int) -> list[int]:
+        numbers: list[int] = []
+        number = filled = 0
+        for size in sizes:
+            if numbers and filled + size > bound:
+                number, filled = number + 1, 0
+            numbers.append(number)
+            filled += size
+        return numbers
+
+    if len(sizes) <= most:
+        return list(range(len(sizes)))
+    bound = bisect_left(range(sum(sizes)), True, key=lambda bound: within(bound)[-1] < most)
+    return within(bound)

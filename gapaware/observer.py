@@ -1,7 +1,7 @@
 """From parameters to the Gram matrix of the last updates: takes the snapshots and keeps the window."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -214,7 +214,7 @@ class Observer:
         refuse(optimizer)
         rows = layout.rows(optimizer.param_groups, self._granularity)
         if begins:
-            self._start = Start((), torch.empty(0, 0, dtype=self._dtype(), device="cpu"))
+            self._start = Start((), (), torch.empty(0, dtype=self._dtype(), device="cpu"))
         if not rows:
             return
         if isinstance(self._sketch, Identity) or self._sketch is None:
@@ -225,9 +225,10 @@ class Observer:
         self._trouble, self._spoilt = trouble, spoilt
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
-        self._last = self._snapshot(rows)
+        self._last, shares = self._snapshot(rows)
         if self._start is not None:
-            self._start = self._start.followed(self._signature, self._last)
+            blocks = _blocks(rows)
+            self._start = self._start.followed(blocks, self._widths(blocks), shares)
         self._window = Window(
             self._size, len(rows), self._sketch.dim, self._last.device, self._dtype()
         )
@@ -267,11 +268,13 @@ class Observer:
             What was seen, or None when the window (re)started here.
         """
         rows = layout.rows(optimizer.param_groups, self._granularity)
-        if self._window is None or [row.signature() for row in rows] != self._signature:
+        same = [row.signature() for row in rows] == self._signature
+        same = same and (self._start is None or self._start.blocks == _blocks(rows))
+        if self._window is None or not same:
             self.start(optimizer, begins=False)
             return None
         assert self._last is not None
-        now = self._snapshot(rows)
+        now, shares = self._snapshot(rows)
         last = send(self._last, now.device)
         self._window.to(now.device)
         rates = _column([0.0 if rate is None else rate for rate in self._rates])
@@ -289,41 +292,55 @@ class Observer:
             conditions=tuple(self._conditions),
             separable=separable,
             squared_norms=Transfer(self._window.squared_norms()),
-            risk=self._risk(now, optimizer.param_groups),
+            risk=self._risk(rows, shares, optimizer.param_groups),
         )
 
-    def _risk(self, now: Tensor, groups: Sequence[dict[str, Any]]) -> Transfer | None:
+    def _risk(
+        self, rows: Sequence[layout.Row], shares: Tensor, groups: Sequence[dict[str, Any]]
+    ) -> Transfer | None:
         if self._start is None:
             return None
-        self._start = self._start.to(now.device)
-        risk = self._start.risk(now, [groups[g].get("anchor", True) for g in self._row_groups])
+        self._start = self._start.to(shares.device)
+        counted = [groups[row.group].get("anchor", True) for row in rows for _ in row.blocks]
+        risk = self._start.risk(shares, counted)
         return None if risk is None else Transfer(risk)
+
+    def _widths(self, blocks: Iterable[layout.BlockSignature]) -> tuple[int, ...]:
+        """How many numbers there are of each block."""
+        width = (self._sketch or Identity(0)).width
+        return tuple(width(size) for _, _, size, _ in blocks)
 
     def _dtype(self) -> torch.dtype:
         """Of the updates that are kept: rounding them to float32 is nothing beside a sketch's own error."""
         return torch.float64 if self.settings["sketch_dim"] is None else torch.float32
 
-    def _snapshot(self, rows: Sequence[layout.Row]) -> Tensor:
-        """The sketches of all rows, (rows, dim), on the device of the first parameter."""
+    def _snapshot(self, rows: Sequence[layout.Row]) -> tuple[Tensor, Tensor]:
+        """The sketches of all rows, (rows, dim), and of their blocks, on the first parameter's device."""
         assert self._sketch is not None
         among = sharing((p for row in rows for p in row.parameters), self.replicas)
         home = among.home(rows[0].parameters[0].device)
         try:
-            sketches = self._sketch_of(rows, home, among)
+            sketches, shares = self._sketch_of(rows, home, among)
         except Exception as error:
             if not among.ranks or isinstance(error, Unsupported):
                 raise
             self.spoil(error)
             sketches = torch.empty(len(rows), self._sketch.dim, dtype=torch.float64, device=home)
+            shares = sketches.new_empty(sum(self._widths(_blocks(rows))))
         if self._spoilt:
             sketches.fill_(float("nan"))
         self._spoilt = False
-        among.add_up(sketches)
+        if among.ranks:
+            together = among.add_up(torch.cat((sketches.view(-1), shares)))
+            sketches, shares = together.split([sketches.numel(), shares.numel()])
+            sketches = sketches.view(len(rows), -1)
         # finite where all numbers are, at a fifth of the cost of looking at each
         self._sum = Transfer(sketches.sum())
-        return sketches
+        return sketches, shares
 
-    def _sketch_of(self, rows: Sequence[layout.Row], home: torch.device, among: Sharing) -> Tensor:
+    def _sketch_of(
+        self, rows: Sequence[layout.Row], home: torch.device, among: Sharing
+    ) -> tuple[Tensor, Tensor]:
         assert self._sketch is not None
         devices = dict.fromkeys(p.device for row in rows for p in row.parameters)
         parts = []
@@ -334,10 +351,16 @@ class Observer:
             if device.type == "cuda":
                 held = [_held(p) for row in rows for p in row.parameters]
                 resident = frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
-                key = tuple((row.signature(), *map(_whereabouts, row.parameters)) for row in rows)
-            part = self._sketch.rows(pieces, device, resident=resident, key=key)
-            parts.append(part.to(home))
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+                key = tuple((row.blocks, *map(_whereabouts, row.parameters)) for row in rows)
+            stretches = [row.stretches for row in rows]
+            found = self._sketch.rows(
+                pieces, device, stretches=stretches, resident=resident, key=key
+            )
+            parts.append([part.to(home) for part in found])
+        sketches, shares = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return sketches[0], shares[0]
+        return torch.stack(sketches).sum(0), torch.stack(shares).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next snapshots depend on, as tensors, numbers and lists."""
@@ -364,7 +387,9 @@ class Observer:
         self._span = int(state["span"])
         self._conditions.extend(map(Conditions.from_list, state["conditions"]))
         start = state.get("start")  # until 0.1.0 there was none
-        self._start = None if start is None else Start.from_state_dict(start, self._dtype())
+        self._start = None
+        if start is not None:
+            self._start = Start.from_state_dict(start, self._widths, self._dtype())
         if state["last"] is not None:
             self._last = state["last"].to(torch.float64).clone()
             self._sum = Transfer(self._last.sum())
@@ -387,10 +412,27 @@ class Observer:
             fits = fits and self._window.shape == (size, rows, dim)
             fits = fits and len(self._conditions) == len(self._window)
         if self._start is not None:
-            fits = fits and self._start.fits(self.settings["sketch_dim"])
-            fits = fits and self._start.rows == tuple(self._signature or self._start.rows)
+            fits = fits and self._start.shares.shape == (sum(self._start.widths),)
+            fits = fits and _by_group(self._start.blocks) == _by_group(
+                self._signature or self._start.blocks
+            )
         if not fits:
             raise ValueError("the parts of the observer's state do not fit together")
+
+
+def _by_group(entries: Iterable[tuple[Any, ...]]) -> dict[str, tuple[int, int]]:
+    """Number of parameters and of numbers in each parameter group, by signatures of rows or of blocks."""
+    totals: dict[str, tuple[int, int]] = {}
+    for name, count, size, *_ in entries:
+        group = name.partition(":")[0]
+        so_far = totals.get(group, (0, 0))
+        totals[group] = (so_far[0] + count, so_far[1] + size)
+    return totals
+
+
+def _blocks(rows: Sequence[layout.Row]) -> tuple[layout.BlockSignature, ...]:
+    """Of all rows, in order."""
+    return tuple(block for row in rows for block in row.blocks)
 
 
 def _column(values: Sequence[float | Tensor]) -> Tensor:

@@ -67,7 +67,8 @@ class GapAware(Resumable):
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
         risk_limit: warn once when the risk of forgetting passes it, `history[-1]["risk"]`: the squared
             distance from the weights at the first step relative to them, ‖θ − θ_0‖²/‖θ_0‖², the mean over
-            parameter groups or blocks. Groups with `"anchor": False`, such as a new head, are left out.
+            layers (with `named_parameters()`) or tensors. Groups with `"anchor": False`, such as a new
+            head, are left out.
             What is too far depends on the task: find the limit on runs of which you know what they forgot.
             None for no warning.
         log_to: a file that gets one line of JSON for each snapshot; `gapaware report` reads it.

@@ -7,7 +7,8 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from gapaware.sketch import CHUNK, buckets, chunk_flips, chunk_offsets, sign_table
+from gapaware.blocks import CHUNK
+from gapaware.sketch import buckets, chunk_flips, chunk_offsets, sign_table
 from gapaware.spectrum import Array
 
 

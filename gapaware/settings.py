@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gapaware import arguments, layout
+from gapaware.blocks import CHUNK
 from gapaware.controller import Controller
 from gapaware.law import drift_law
 from gapaware.modes import MODES, Mode
 from gapaware.momentum import interval_for, memory_steps
-from gapaware.sketch import CHUNK
 from gapaware.spectrum import MIN_UPDATES
 
 # a controller of the user's is not held to what the built-in laws may do

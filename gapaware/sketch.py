@@ -18,22 +18,22 @@ Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a b
 error stays below about 1e-6 of its value, whatever the size of the model.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gapaware.blocks import CHUNK, DEPTH, ONE_BLOCK, WIDTH, Stretch, Tally
 from gapaware.transfer import send
 
 if TYPE_CHECKING:
     from gapaware.kernel import Fused
 
-CHUNK = 131_071
 CHUNKS_PER_FLUSH = 64
 # elements of a tensor that is not worth an addition of its own
 SMALL = 16_384
@@ -106,13 +106,19 @@ class _Target(NamedTuple):
         total: view of the sums there.
         signs: of its elements.
         flip: sign of the chunk.
-        end: place after the last.
+        chunk: its number.
+        place: of the first element, in the vector.
+        end: after the last one, in the sums.
+        wide: whether the sums are float64.
     """
 
     total: Tensor
     signs: Tensor
     flip: float
+    chunk: int
+    place: int
     end: int
+    wide: bool
 
 
 class _Workspace(NamedTuple):
@@ -121,8 +127,8 @@ class _Workspace(NamedTuple):
     Attributes:
         signs: see `sign_table`.
         bucket: see `buckets`; on a GPU `_gather_order` of it.
-        low: float32 sums, (CHUNK,), zero between sketches.
-        high: float64 sums, (CHUNK + 1,), zero between sketches.
+        low: float32 sums, (DEPTH·WIDTH,), zero between sketches.
+        high: float64 sums, as many, zero between sketches.
         targets: by chunk, start, length and whether the sums are float64: kept, since to make views takes
             longer than a short addition.
     """
@@ -157,7 +163,6 @@ class CountSketch:
         self._offsets: list[int] = []
         self._flips: list[float] = []
 
-    @torch.no_grad()
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
     ) -> Tensor:
@@ -174,91 +179,134 @@ class CountSketch:
         if device is None:
             pieces = list(pieces)
             device = pieces[0][0].device if pieces else torch.device("cpu")
+        return self._add_up(pieces, device, ONE_BLOCK)[0]
+
+    @torch.no_grad()
+    def _add_up(
+        self,
+        pieces: Iterable[tuple[Tensor, int]],
+        device: torch.device,
+        stretches: Sequence[Stretch],
+    ) -> tuple[Tensor, Tensor]:
+        """The sketch, and the short ones of its blocks."""
         # taken away until the end: after an exception there would be remainders in the sums
         workspace = self._workspaces.pop(device, None) or self._new_workspace(device)
         low, high = workspace.low, workspace.high
         reach, depth, before = 0, 0, -1
-        additions = self._additions(pieces, workspace)
+        tally = Tally(low, high, stretches)
+        additions = self._additions(pieces, workspace, tally.begins)
         # several at a time, since an addition sweeps what makes the next one out of the cache
         while batch := list(islice(additions, BATCH)):
-            for chunk, part, (total, signs, flip, end) in batch:
+            for part, (total, signs, flip, chunk, place, end, wide) in batch:
+                if place >= tally.end or tally.wide != wide:
+                    tally.enter(place, wide)
                 if chunk != before:  # parts of one chunk go to different places
                     if depth == CHUNKS_PER_FLUSH:
+                        tally.leave()
                         high.narrow(0, 0, reach).add_(low.narrow(0, 0, reach))
                         low.narrow(0, 0, reach).zero_()
+                        tally.flushed()
                         depth = 0
                     before, depth = chunk, depth + 1
                 total.addcmul_(part, signs, value=flip)
                 reach = max(reach, end)
+        tally.leave()
         total = high.narrow(0, 0, reach)
         total.add_(low.narrow(0, 0, reach))
         folded = self._fold(high, workspace.bucket, reach)
         total.zero_()
         low.narrow(0, 0, reach).zero_()
         self._workspaces[device] = workspace
-        return folded
+        return folded, tally.shares()
 
     def rows(
         self,
         rows: Sequence[Iterable[tuple[Tensor, int]]],
         device: torch.device,
         *,
+        stretches: Sequence[Sequence[Stretch]] = (),
         resident: frozenset[int] = frozenset(),
         key: Hashable = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Sketch several vectors; on CUDA with one kernel for all of them.
 
         Args:
             rows: the pieces of each vector, as `__call__` takes them.
             device: where they are.
+            stretches: where in each row which of its blocks lie, no piece in two of them; when left out
+                each row is one block.
             resident: addresses (`data_ptr`) of the storages that outlive this call. The kernel reads pieces
                 in them; others are sketched one by one.
             key: when it equals the last call's, so does where the pieces are, and they are not asked for.
 
         Returns:
-            float64, shape (len(rows), dim), on `device`. On CUDA the rounding errors are others than on the
-            CPU, about 1e-6 of a value, and the bits the same at every call (see `kernel.py`).
+            Sketches, float64, (len(rows), dim), and one after another the short ones of the blocks of all
+            rows (see `blocks.py`), float64, (blocks·WIDTH,), both on `device`. On CUDA the rounding errors
+            are others than on the CPU, about 1e-6 of a value, and the bits the same at every call (see
+            `kernel.py`).
 
         Example:
             >>> x = torch.ones(3)
-            >>> CountSketch(dim=64, seed=0).rows([[(x, 0)], [(x, 0)]], x.device).shape
-            torch.Size([2, 64])
+            >>> sketches, shares = CountSketch(dim=64, seed=0).rows(
+            ...     [[(x[:1], 0), (x[1:], 1)], [(x, 0)]], x.device, stretches=[[(1, 0), (3, 1)], [(3, 0)]]
+            ... )
+            >>> sketches.shape, shares.view(3, -1).square().sum(1).tolist()
+            (torch.Size([2, 64]), [1.0, 2.0, 3.0])
         """
+        stretches = stretches or [ONE_BLOCK] * len(rows)
         if not _has_kernel(device):
-            return torch.stack([self(pieces, device) for pieces in rows])
+            found = map(self._add_up, rows, repeat(device), stretches)
+            sketches, shares = zip(*found, strict=True)
+            return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:
             from gapaware.kernel import Fused  # imports Triton, which takes a while
 
             self._fused[device] = Fused(self.dim, self.seed, device)
-        return self._fused[device](rows, resident, key, lambda pieces: self(pieces, device))
+        return self._fused[device](
+            rows,
+            resident,
+            key,
+            lambda pieces, stretches: self._add_up(pieces, device, stretches),
+            stretches,
+        )
+
+    def width(self, size: int) -> int:
+        """How many numbers there are of a block of `size` elements."""
+        return WIDTH
 
     def _additions(
-        self, pieces: Iterable[tuple[Tensor, int]], workspace: _Workspace
-    ) -> Iterator[tuple[int, Tensor, _Target]]:
-        """The pieces as (chunk, part of that chunk, where it goes)."""
-        for flat, place in _joined(pieces):
+        self,
+        pieces: Iterable[tuple[Tensor, int]],
+        workspace: _Workspace,
+        begins: Collection[int],
+    ) -> Iterator[tuple[Tensor, _Target]]:
+        """The pieces as parts of chunks and where they go, none of them on both sides of a begin."""
+        for flat, place in _joined(pieces, begins):
             chunk, start = divmod(place, CHUNK)
             for part in _split(flat, CHUNK - start):
                 key = (chunk, start, part.numel(), part.dtype == torch.float64)
                 if key not in workspace.targets:
                     workspace.targets[key] = self._target(workspace, *key)
-                yield chunk, part, workspace.targets[key]
+                yield part, workspace.targets[key]
                 chunk, start = chunk + 1, 0
 
     def _target(
-        self, workspace: _Workspace, chunk: int, start: int, length: int, exact: bool
+        self, workspace: _Workspace, chunk: int, start: int, length: int, wide: bool
     ) -> _Target:
         if chunk >= len(self._offsets):
             more = np.arange(len(self._offsets), 2 * chunk + 64)
             self._offsets += chunk_offsets(more, self.seed).tolist()
             self._flips += chunk_flips(more, self.seed).tolist()
         # float64 parameters would lose what they are there for in a float32 sum
-        total = workspace.high if exact else workspace.low
+        total = workspace.high if wide else workspace.low
         return _Target(
             total.narrow(0, start, length),
             workspace.signs.narrow(0, self._offsets[chunk] + start, length),
             self._flips[chunk],
+            chunk,
+            chunk * CHUNK + start,
             start + length,
+            wide,
         )
 
     def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
@@ -275,8 +323,8 @@ class CountSketch:
         return _Workspace(
             send(signs, device),
             send(bucket, device),
-            torch.zeros(CHUNK, dtype=torch.float32, device=device),
-            torch.zeros(CHUNK + 1, dtype=torch.float64, device=device),
+            torch.zeros(DEPTH * WIDTH, dtype=torch.float32, device=device),
+            torch.zeros(DEPTH * WIDTH, dtype=torch.float64, device=device),
             {},
         )
 
@@ -319,11 +367,22 @@ class Identity:
         rows: Sequence[Iterable[tuple[Tensor, int]]],
         device: torch.device,
         *,
+        stretches: Sequence[Sequence[Stretch]] = (),
         resident: frozenset[int] = frozenset(),
         key: Hashable = None,
-    ) -> Tensor:
-        """See `CountSketch.rows`."""
-        return torch.stack([self(pieces, device) for pieces in rows])
+    ) -> tuple[Tensor, Tensor]:
+        """See `CountSketch.rows`; of a block there is what it is made of."""
+        whole = torch.stack([self(pieces, device) for pieces in rows])
+        shares = [whole.new_empty(0)]
+        for row, ends in zip(whole, stretches or [ONE_BLOCK] * len(rows), strict=True):
+            begins = [0, *(end for end, _ in ends[:-1])]
+            parts = [(block, row[a:b]) for a, (b, block) in zip(begins, ends, strict=True)]
+            shares += [part for _, part in sorted(parts, key=lambda part: part[0])]
+        return whole, torch.cat(shares)
+
+    def width(self, size: int) -> int:
+        """See `CountSketch.width`."""
+        return size
 
 
 @lru_cache
@@ -334,13 +393,18 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _joined(pieces: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, int]]:
-    """The same vector with small neighbours copied together: one addition costs more than they do."""
+def _joined(
+    pieces: Iterable[tuple[Tensor, int]], begins: Collection[int]
+) -> Iterator[tuple[Tensor, int]]:
+    """The same vector with small neighbours copied together: one addition costs more than they do.
+
+    Not with what lies before one of the places in `begins`.
+    """
     run: list[Tensor] = []
     first, end = 0, -1
     for flat, place in pieces:
         size = flat.numel()
-        fits = place == end and size <= SMALL and end - first < CHUNK
+        fits = place == end and size <= SMALL and end - first < CHUNK and place not in begins
         if run and not (fits and flat.dtype == run[0].dtype):
             yield torch.cat(run) if len(run) > 1 else run[0], first
             run = []

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gapaware.sketch import CHUNK, chunk_flips, chunk_offsets
+from gapaware.blocks import CHUNK
+from gapaware.sketch import chunk_flips, chunk_offsets
 
 Integers = npt.NDArray[np.int64]
 
@@ -52,9 +53,10 @@ class Work:
 
     Attributes:
         items: (n, 2): the address at which place 0 of the chunk would be; what `pack` makes of the rest.
-        segments: (n, 6), one for each layer: first item; number of whole chunks, whose loads are aligned,
-            and of other long parts after them, which all its programs add up; its first place, 0 or a
-            little less; where it begins in the partial sums; number of places.
+        segments: (n, 7), one for each layer: first item; number of whole chunks, whose loads are aligned,
+            and of other long parts after them, which all its programs add up; where its programs begin, at
+            its first place or a little before; where place 0 would be in the partial sums; the place after
+            its last; its first place.
         programs: (n, 4): segment; first place; first item and number of short parts.
     """
 
@@ -70,7 +72,8 @@ class Batch:
     Attributes:
         first_row: the rows are `first_row` ... `first_row` + len(rows) - 1.
         work: for each dtype, in the order in which they were given.
-        rows: (n, 3): where a row's layers begin in the partial sums; how many there are; places in each.
+        rows: (n, 4): where place 0 of a row's first layer would be in the partial sums; how many layers
+            there are; the place after the last in each; the first place.
         partials: number of partial sums.
     """
 
@@ -81,17 +84,18 @@ class Batch:
 
 
 def batches(
-    kinds: Sequence[tuple[int, Sequence[Piece]]], *, rows: int, dim: int, seed: int
+    kinds: Sequence[tuple[int, Sequence[Piece]]], *, rows: int, most: int, dim: int, seed: int
 ) -> list[Batch]:
     """Divide the work of a snapshot.
 
-    The partial sums of a batch take at most `LANES`·CHUNK floats (2 MB) and as many bytes as the result
-    has, so the number of batches is bounded, however many rows there are: about 1 + CHUNK/(2·dim), 5 at the
-    default.
+    The partial sums of a batch take at most `LANES`·CHUNK floats (2 MB) and as many bytes as the sketches
+    of `most` rows have, so the number of batches is bounded: about 1 + CHUNK/(2·dim) for each `most` rows,
+    5 at the default.
 
     Args:
         kinds: for each dtype, bytes of an element and the pieces.
         rows: number of rows.
+        most: number of rows in a batch.
         dim: number of buckets of a sketch.
         seed: of the sketch.
 
@@ -99,33 +103,37 @@ def batches(
         Batches that together have all rows.
 
     Example:
-        >>> whole, = batches([(4, [Piece(0, 4096, 1000, 0)])], rows=1, dim=64, seed=0)
+        >>> whole, = batches([(4, [Piece(0, 4096, 1000, 0)])], rows=1, most=1, dim=64, seed=0)
         >>> whole.rows
-        array([[   0,    1, 1000]])
+        array([[   0,    1, 1000,    0]])
         >>> len(whole.work[0].programs)
         2
     """
     parts = [_parts(size, pieces, seed) for size, pieces in kinds]
-    reach = np.zeros(rows, np.int64)
+    reach, first = np.zeros(rows, np.int64), np.full(rows, CHUNK)
     count = np.zeros((len(parts), rows), np.int64)
     for kind, part in enumerate(parts):
         np.maximum.at(reach, part.row, part.high)
+        np.minimum.at(first, part.row, part.low)
         np.add.at(count[kind], part.row, part.high - part.low)
-    budget = LANES * CHUNK + rows * dim * 2
-    layers = _layers(count, reach, budget)
-    size = reach * layers.sum(0)
-    batch_of = _batch_numbers(size, budget)
+    first = np.minimum(first, reach)
+    width = reach - first
+    budget = LANES * CHUNK + min(rows, most) * dim * 2
+    layers = _layers(count, width, budget)
+    size = width * layers.sum(0)
+    batch_of = _batch_numbers(size, budget, most)
     result = []
     for batch in range(int(batch_of[-1]) + 1 if rows else 0):
         inside = np.flatnonzero(batch_of == batch)
         begin = np.zeros(rows, np.int64)
-        begin[inside] = np.cumsum(size[inside]) - size[inside]
+        begin[inside] = np.cumsum(size[inside]) - size[inside] - first[inside]
         work = []
         for kind, part in enumerate(parts):
-            before = begin + reach * layers[:kind].sum(0)
+            before = begin + width * layers[:kind].sum(0)
             chosen = part.of_rows(batch_of == batch)
-            work.append(_work(chosen, layers[kind], before, reach))
-        table = np.stack((begin, layers.sum(0), reach), axis=1)[inside]
+            here = layers[kind] * (batch_of == batch)
+            work.append(_work(chosen, here, before, first, reach))
+        table = np.stack((begin, layers.sum(0), reach, first), axis=1)[inside]
         result.append(Batch(int(inside[0]), tuple(work), table, int(size[inside].sum())))
     return result
 
@@ -181,55 +189,59 @@ def _parts(itemsize: int, pieces: Sequence[Piece], seed: int) -> _Parts:
     )
 
 
-def _layers(count: Integers, reach: Integers, budget: int) -> Integers:
+def _layers(count: Integers, width: Integers, budget: int) -> Integers:
     """Layers of each kind and row: one, and more for large rows as far as there is room.
 
     Args:
         count: elements of each kind and row, (kinds, rows).
-        reach: places of each row.
+        width: places of each row.
         budget: partial sums.
     """
     layers = np.minimum(count, 1)
-    spare = budget - int((layers.sum(0) * reach).sum())
+    spare = budget - int((layers.sum(0) * width).sum())
     if spare > 0:
-        share = spare * (count / max(int(count.sum()), 1)) / np.maximum(reach, 1)
+        share = spare * (count / max(int(count.sum()), 1)) / np.maximum(width, 1)
         # fewer chunks are not worth a layer that has to be added to the others
-        wanted = count // np.maximum(4 * reach, 1)
+        wanted = count // np.maximum(4 * width, 1)
         layers += np.minimum(np.minimum(share.astype(np.int64), wanted), LANES - 1) * layers
     return np.asarray(layers)
 
 
-def _batch_numbers(size: Integers, budget: int) -> Integers:
+def _batch_numbers(size: Integers, budget: int, most: int) -> Integers:
     """Put neighbouring rows together until a batch is full."""
-    numbers, batch, filled = np.zeros(len(size), np.int64), 0, 0
+    numbers, batch, filled, first = np.zeros(len(size), np.int64), 0, 0, 0
     for row, floats in enumerate(size.tolist()):
-        if filled and filled + floats > budget:
-            batch, filled = batch + 1, 0
+        if (filled and filled + floats > budget) or row - first == most:
+            batch, filled, first = batch + 1, 0, row
         numbers[row] = batch
         filled += floats
     return numbers
 
 
-def _work(part: _Parts, layers: Integers, begin: Integers, reach: Integers) -> Work:
+def _work(
+    part: _Parts, layers: Integers, begin: Integers, first_place: Integers, reach: Integers
+) -> Work:
     """Tables for the parts of one dtype.
 
     Args:
         part: all parts.
         layers: number of layers of each row.
-        begin: where the first of them begins in the partial sums.
-        reach: places of each row.
+        begin: where place 0 of the first of them would be in the partial sums.
+        first_place: of each row.
+        reach: the place after its last.
     """
     if not len(part.row):
-        return Work(*(np.zeros((0, width), np.int64) for width in (2, 6, 4)))
+        return Work(*(np.zeros((0, width), np.int64) for width in (2, 7, 4)))
     layer = part.residue * layers[part.row] // LANES
     group, first, segment = np.unique(
         part.row * LANES + layer, return_index=True, return_inverse=True
     )
     # a row may have more layers than residues that occur: all are written, some with zeros
     row, layer = _repeat(layers)
-    start = np.zeros(len(row), np.int64)
+    start = first_place[row] // LANES * LANES
     at = np.searchsorted(row * LANES + layer, group)
-    start[at], segment = -part.residue[first], at[segment]
+    start[at] -= part.residue[first]
+    segment = at[segment]
     blocks = -(-(reach[row] - start) // BLOCK)
     first_program = np.cumsum(blocks) - blocks
 
@@ -255,8 +267,9 @@ def _work(part: _Parts, layers: Integers, begin: Integers, reach: Integers) -> W
         whole_items,
         long_items - whole_items,
         start,
-        begin[row] + layer * reach[row],
+        begin[row] + layer * (reach - first_place)[row],
         reach[row],
+        first_place[row],
     )
     programs = (
         owner,

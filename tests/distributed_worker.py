@@ -115,6 +115,7 @@ def seen(optimizer: GapAware) -> dict[str, Any]:
     return {
         "last": state["observer"]["last"],
         "gram": (state["observer"]["window"] or {}).get("gram"),
+        "risks": optimizer.history.column("risk"),
         "signature": state["observer"]["signature"],
         "steering": state["steering"],
         "interval": optimizer.interval,
@@ -222,7 +223,7 @@ def break_next_sketch(optimizer: GapAware, rank: int) -> None:
     healthy = optimizer._observer._sketch
 
     class Full(CountSketch):
-        def __call__(self, *args: Any) -> torch.Tensor:
+        def rows(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             optimizer._observer._sketch = healthy
             raise MemoryError("no memory on this rank")
 
@@ -439,7 +440,7 @@ def placements(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def both_sketches(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     sketch, found = CountSketch(64, seed=0), []
     for tensor in tensors:
-        row = Row("row", 0, (tensor,), (real_size(tensor),))
+        row = Row("row", 0, (tensor,), (real_size(tensor),), ("",))
         among = sharing([tensor])
         found.append(among.add_up(sketch(row.pieces(tensor.device, among), tensor.device)))
     return tuple(found)

@@ -130,7 +130,7 @@ def sketch_of(tensors, device, dim=16_384):
         pieces.append((tensor.to(device).reshape(-1), place))
         place += tensor.numel()
     resident = frozenset(_storage(flat) for flat, _ in pieces)
-    return CountSketch(dim, 0).rows([pieces], device, resident=resident).cpu()[0]
+    return CountSketch(dim, 0).rows([pieces], device, resident=resident)[0].cpu()[0]
 
 
 def random(*sizes, dtype=torch.float32):

@@ -18,12 +18,14 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from gapaware import GapAware
+from gapaware.blocks import WIDTH
 from gapaware.checkpoint import OwnState
 from gapaware.distributed import Unsupported, _stretches, held_indices, is_first
 
 pytestmark = pytest.mark.xdist_group("distributed")  # the worlds are started once
 
-GROUP_BYTES = 2 * worker.DIM * 8  # two parameter groups, float64
+BLOCK_BYTES = 6 * WIDTH * 8  # of each tensor, float64
+GROUP_BYTES = 2 * worker.DIM * 8 + BLOCK_BYTES  # two parameter groups
 SNAPSHOTS = 1 + worker.STEPS // worker.INTERVAL
 
 
@@ -77,7 +79,7 @@ def assert_same_decisions(results):
     """Bit for bit."""
     first = results[0]
     for other in results[1:]:
-        for name in ("signature", "steering", "interval", "scales", "sigma", "steps"):
+        for name in ("signature", "steering", "interval", "scales", "sigma", "steps", "risks"):
             assert other[name] == first[name], name
         for name in ("last", "gram"):
             assert torch.equal(other[name], first[name]), name
@@ -90,7 +92,10 @@ def errors(result, reference):
     gram, true_gram = result["gram"], reference["gram"]
     sigma = [(s, t) for s, t in zip(result["sigma"], reference["sigma"], strict=True) if t]
     assert len(sigma) >= 3
+    risks = list(zip(result["risks"], reference["risks"], strict=True))
+    assert len(risks) >= 3
     return {
+        "risk": max(abs(a / b - 1) for a, b in risks),
         "gram": ((gram - true_gram).abs().amax() / true_gram.abs().amax()).item(),
         "sigma": max(abs(a - b) / t[0] for s, t in sigma for a, b in zip(s, t, strict=True)),
         "factor": max(
@@ -135,7 +140,7 @@ def test_blocks_and_an_interval_that_the_controller_chooses(two):
     results = of(two, "by_block")
     assert_same_decisions(results)
     assert len({name for name, _, _ in results[0]["signature"]}) == 6
-    assert set(results[0]["sent"]) == {6 * worker.DIM * 8}
+    assert set(results[0]["sent"]) == {6 * worker.DIM * 8 + BLOCK_BYTES}
 
 
 def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
@@ -227,7 +232,7 @@ def test_groups_smaller_than_the_world(four):
     assert_same_decisions(sliced)
     assert_close(sliced[0], single())
     assert_same_decisions(flattened)
-    assert all(set(result["sent"]) == {worker.DIM * 8} for result in flattened)
+    assert all(set(result["sent"]) == {worker.DIM * 8 + BLOCK_BYTES} for result in flattened)
 
 
 def test_every_placement_is_counted_once(four):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from gapaware import kernel, reference, sketch, worklist
-from gapaware.sketch import CHUNK, CountSketch, buckets, sign_table
+from gapaware.blocks import CHUNK, ONE_BLOCK, WIDTH
+from gapaware.sketch import CountSketch, buckets, sign_table
 from gapaware.worklist import BLOCK, LANES, LONG, Piece, batches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,9 +67,9 @@ def walk(batch):
     signs = sign_table(SEED).astype(float)
     for work, dtype in zip(batch.work, DTYPES, strict=True):
         for segment, start, short, shorts in work.programs.tolist():
-            first, whole, others, _, begin, reach = work.segments[segment].tolist()
+            first, whole, others, _, begin, reach, least = work.segments[segment].tolist()
             numbers = [*range(first, first + whole + others), *range(short, short + shorts)]
-            low, high = max(start, 0), min(start + BLOCK, reach)
+            low, high = max(start, least), min(start + BLOCK, reach)
             written[begin + low : begin + high] += 1
             for number in numbers:
                 address, packed = work.items[number].tolist()
@@ -83,9 +84,10 @@ def walk(batch):
 
 def fold(batch, sums, dim):
     rows = []
-    for begin, layers, reach in batch.rows.tolist():
-        total = sums[begin : begin + layers * reach].reshape(layers, reach).sum(0)
-        rows.append(np.bincount(buckets(dim, SEED)[:reach], weights=total, minlength=dim))
+    for begin, layers, reach, least in batch.rows.tolist():
+        width = reach - least
+        total = sums[begin + least : begin + least + layers * width].reshape(layers, width).sum(0)
+        rows.append(np.bincount(buckets(dim, SEED)[least:reach], weights=total, minlength=dim))
     return rows
 
 
@@ -98,6 +100,10 @@ ROWS = {
     "gaps": lambda: [laid_out(random(700, CHUNK, 50_000, 6 * CHUNK), gap=7777)],
     "rows": lambda: [laid_out(random(n, 3 * n)) for n in (1, 999, CHUNK // 4, 40_000, CHUNK)],
     "an empty row": lambda: [laid_out(random(10)), [], laid_out(random(20))],
+    "rows that begin late": lambda: [
+        [(flat, place + shift) for flat, place in laid_out(random(*sizes))]
+        for shift, sizes in ((7, (1,)), (50_001, (9, 3000)), (CHUNK - 5, (20,)), (999, (CHUNK,)))
+    ],
     "dtypes": lambda: [
         laid_out([*random(5, CHUNK), *random(7, 80_000, dtype=torch.bfloat16)]),
         laid_out([*random(9000, dtype=torch.float16), *random(2 * CHUNK)]),
@@ -112,7 +118,7 @@ ROWS = {
 def test_work_lists_describe_the_sketch(kind, dim):
     rows = ROWS[kind]()
     found = []
-    for batch in batches(pieces_of(rows), rows=len(rows), dim=dim, seed=SEED):
+    for batch in batches(pieces_of(rows), rows=len(rows), most=2, dim=dim, seed=SEED):
         assert batch.first_row == len(found)
         sums, written = walk(batch)
         assert (
@@ -126,19 +132,19 @@ def test_work_lists_describe_the_sketch(kind, dim):
 
 def test_a_large_row_is_read_by_enough_programs_with_aligned_loads():
     (x,) = random(40 * CHUNK)
-    (batch,) = batches(pieces_of([[(x, 0)]]), rows=1, dim=16_384, seed=SEED)
+    (batch,) = batches(pieces_of([[(x, 0)]]), rows=1, most=1, dim=16_384, seed=SEED)
     work = batch.work[0]
     assert len(work.segments) == LANES
     assert len(work.programs) >= 1024
     assert work.segments[:, 1].sum() == 40
-    for first, whole, _, start, _, _ in work.segments.tolist():
+    for first, whole, _, start, *_ in work.segments.tolist():
         addresses = work.items[first : first + whole, 0] + start * 4
         assert (addresses % (LANES * 4) == 0).all()
 
 
 def test_the_order_of_additions_does_not_depend_on_addresses():
     def tables(tensors):
-        (batch,) = batches(pieces_of([laid_out(tensors)]), rows=1, dim=1000, seed=SEED)
+        (batch,) = batches(pieces_of([laid_out(tensors)]), rows=1, most=1, dim=1000, seed=SEED)
         work = batch.work[0]
         return [work.items[:, 1], work.segments, work.programs]
 
@@ -148,20 +154,22 @@ def test_the_order_of_additions_does_not_depend_on_addresses():
 
 
 @pytest.mark.parametrize("dim", [1024, 16_384, CHUNK])
-def test_workspace_and_launches_are_bounded(dim):
+@pytest.mark.parametrize("most", [64, 300])
+def test_workspace_and_launches_are_bounded(dim, most):
     rows = 300
     pieces = [(4, [Piece(row, 4096, CHUNK, 0) for row in range(rows)])]
-    found = batches(pieces, rows=rows, dim=dim, seed=SEED)
+    found = batches(pieces, rows=rows, most=most, dim=dim, seed=SEED)
     assert sum(len(batch.rows) for batch in found) == rows
-    assert max(batch.partials for batch in found) * 4 <= LANES * CHUNK * 4 + rows * dim * 8
-    assert len(found) <= 2 + CHUNK // (2 * dim)
+    assert max(len(batch.rows) for batch in found) <= most
+    assert max(batch.partials for batch in found) * 4 <= LANES * CHUNK * 4 + most * dim * 8
+    assert len(found) <= (2 + CHUNK // (2 * dim)) * -(-rows // most)
 
 
 def test_tables_are_small():
     """Of a model of 1.5e9 parameters in 600 tensors, and of one in ten thousand small tensors."""
     for count, length in ((600, 2_500_000), (10_000, 1000)):
         pieces = [Piece(0, 4096, length, number * length) for number in range(count)]
-        (batch,) = batches([(4, pieces)], rows=1, dim=16_384, seed=SEED)
+        (batch,) = batches([(4, pieces)], rows=1, most=1, dim=16_384, seed=SEED)
         tables = batch.work[0]
         size = tables.items.nbytes + tables.segments.nbytes + tables.programs.nbytes
         assert size < 1e-4 * 4 * count * length + 1e6
@@ -196,7 +204,7 @@ def in_place(rows):
 
 def run(rows, dim, sketch=None):
     sketch = sketch or CountSketch(dim, SEED)
-    return sketch.rows(rows, torch.device("cpu"), resident=in_place(rows))
+    return sketch.rows(rows, torch.device("cpu"), resident=in_place(rows))[0]
 
 
 def assert_close(got, rows, dim):
@@ -215,6 +223,7 @@ def assert_close(got, rows, dim):
         ("short and long", 1000),
         ("rows", 1000),
         ("an empty row", CHUNK),
+        ("rows that begin late", 1000),
         ("short and long", 64),
         ("dtypes", 1000),
         ("not aligned", 1000),
@@ -228,10 +237,34 @@ def test_kernel_equals_reference(kind, dim, large_blocks):
 
 
 @interpreted
+@pytest.mark.parametrize("most", [1, 64])
+def test_short_sketches_of_blocks_are_those_of_the_cpu(most, large_blocks, monkeypatch):
+    """Of blocks that take turns, that are small, that no piece is in, and that the other path adds."""
+    monkeypatch.setattr(kernel, "MOST", most)
+    (other,) = random(300, dtype=torch.float64)
+    rows = [laid_out([*random(900, 2 * CHUNK, 40, 5000, 90_000), other]), [], ROWS["dtypes"]()[0]]
+    ends = [[place + flat.numel() for flat, place in row] for row in rows]
+    stretches = [
+        list(zip(ends[0], (0, 1, 2, 0, 3, 4), strict=True)),
+        ONE_BLOCK,
+        list(zip(ends[2], range(4), strict=True)),
+    ]
+    cpu, sketch = torch.device("cpu"), CountSketch(1000, SEED)
+    got, shares = sketch.rows(rows, cpu, stretches=stretches, resident=in_place(rows))
+    assert_close(got, rows, 1000)
+    monkeypatch.setattr("gapaware.sketch._has_kernel", lambda device: False)
+    _, exact = sketch.rows(rows, cpu, stretches=stretches)
+    shares, exact = shares.view(-1, WIDTH), exact.view(-1, WIDTH)
+    assert len(shares) == len(exact) == 5 + 1 + 4
+    assert not shares[5].any()
+    assert ((shares - exact).abs().amax(1) <= 2e-6 * exact.abs().amax(1)).all()
+
+
+@interpreted
 def test_kernel_with_its_real_blocks():
     rows = [laid_out(random(5 * BLOCK + 3, 100))]
     fused = kernel.Fused(64, SEED, torch.device("cpu"))
-    got = fused(rows, in_place(rows), None, None)
+    got, _ = fused(rows, in_place(rows), None, None, [ONE_BLOCK])
     assert_close(got, rows, 64)
 
 
@@ -278,19 +311,19 @@ def test_the_number_of_rows_may_change_where_nothing_else_does(large_blocks):
 def test_a_key_saves_looking_at_the_pieces(large_blocks):
     (x,) = random(5000)
     sketch, device, resident = CountSketch(64, SEED), torch.device("cpu"), in_place([[(x, 0)]])
-    first = sketch.rows([[(x, 0)]], device, resident=resident, key="here")
+    first, _ = sketch.rows([[(x, 0)]], device, resident=resident, key="here")
 
     def unasked():
         raise AssertionError("the pieces were looked at")
         yield
 
-    again = sketch.rows([unasked()], device, resident=resident, key="here")
+    again, _ = sketch.rows([unasked()], device, resident=resident, key="here")
     assert torch.equal(again, first)
     with pytest.raises(AssertionError, match="looked at"):
         sketch.rows([unasked()], device, resident=resident, key="elsewhere")
     with pytest.raises(AssertionError, match="looked at"):
         sketch.rows([unasked()], device, resident=resident)
-    assert torch.equal(sketch.rows([[(x, 0)]], device, resident=resident), first)
+    assert torch.equal(sketch.rows([[(x, 0)]], device, resident=resident)[0], first)
 
 
 @interpreted
@@ -300,13 +333,13 @@ def test_temporary_copies_and_other_dtypes_are_added_by_the_other_path(large_blo
     rows = [[(x, 0), (y, 5000)], [(x, 0)]]
     resident = frozenset({x.untyped_storage().data_ptr(), y.untyped_storage().data_ptr()})
     sketch, device = CountSketch(64, SEED), torch.device("cpu")
-    assert_close(sketch.rows(rows, device, resident=resident, key=1), rows, 64)
+    assert_close(sketch.rows(rows, device, resident=resident, key=1)[0], rows, 64)
     # with pieces that have to be handed over there is no skipping
     x += 1
     y += 1
-    assert_close(sketch.rows(rows, device, resident=resident, key=1), rows, 64)
+    assert_close(sketch.rows(rows, device, resident=resident, key=1)[0], rows, 64)
     # nothing is known to stay
-    assert_close(sketch.rows(rows, device), rows, 64)
+    assert_close(sketch.rows(rows, device)[0], rows, 64)
 
 
 @interpreted
@@ -333,7 +366,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gapaware import kernel
-from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH
+from gapaware.blocks import CHUNK
+from gapaware.sketch import CHUNKS_PER_FLUSH
 
 def compiled(function, arguments, constants, **options):
     signature = arguments | dict.fromkeys(constants, "constexpr")

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from torch import nn
 
 from benchmarks import risk as study
 from gapaware import GapAware
+from gapaware.blocks import WIDTH
 from gapaware.history import read_log
+from gapaware.layout import MOST_BLOCKS, parts
 from gapaware.report import statistics, summarize
+from gapaware.sketch import CountSketch
 
 SMALL = {"mode": "observe", "interval": 2, "sketch_dim": 512}
 
@@ -29,50 +33,145 @@ def flat(parameters):
     return torch.cat([p.detach().double().flatten() for p in parameters])
 
 
-def exact(parameters, start):
-    return float((flat(parameters) - start).square().sum() / start.square().sum())
+def tensors(model):
+    """The blocks of an optimizer that was not told names."""
+    return [[parameter] for parameter in model.parameters()]
 
 
-def watched(model, optimizer, steps, parameters=None):
+def exact(blocks, starts):
+    """The formula, as the mean over the blocks that did not start at zero."""
+    pairs = [(flat(block), start) for block, start in zip(blocks, starts, strict=True)]
+    ratios = [
+        (now - start).square().sum() / start.square().sum() for now, start in pairs if start.any()
+    ]
+    return float(sum(ratios) / len(ratios))
+
+
+def watched(model, optimizer, steps, blocks=None):
     """Train, and return by step what the history says and what the formula gives."""
-    parameters = list(model.parameters()) if parameters is None else parameters
-    start, formula = flat(parameters), {}
+    blocks = tensors(model) if blocks is None else blocks
+    starts, formula = [flat(block) for block in blocks], {}
     for step in range(steps):
         train(model, optimizer, range(step, step + 1))
-        formula[step + 1] = exact(parameters, start)
+        formula[step + 1] = exact(blocks, starts)
     told = {record["step"]: record["risk"] for record in optimizer.history}
     return told, formula
 
 
-def test_exact_sketch_gives_the_formula():
+@pytest.mark.parametrize("granularity", ["global", "group", "block"])
+def test_exact_sketch_gives_the_formula(granularity):
     model = mlp()
-    told, formula = watched(model, build(model, sketch_dim=None), 21)
+    told, formula = watched(model, build(model, sketch_dim=None, granularity=granularity), 21)
     assert list(told) == list(range(2, 20, 2))
     for step, risk in told.items():
         assert risk == pytest.approx(formula[step], rel=1e-9)
 
 
-def test_of_several_rows_the_mean_without_those_that_started_at_zero():
+def deep():
+    """Six layers of 300 to 30,000 numbers; by name two blocks of two layers each, and two of one."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(300, 100),
+            "h": nn.ModuleList(
+                nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 100)) for _ in range(2)
+            ),
+            "norm": nn.LayerNorm(100),
+            "head": nn.Linear(100, 3),
+        }
+    )
+
+
+def named_blocks(model):
+    body = [[*block.parameters()] for block in model["h"]]
+    rest = [[p] for name in ("norm", "head") for p in model[name].parameters()]
+    return [[model["embedding"].weight], *body, *rest]
+
+
+def together(units):
+    """As a row has them: a few blocks of neighbours."""
+    numbers = parts([len(flat(unit)) for unit in units], MOST_BLOCKS)
+    blocks = [[] for _ in range(numbers[-1] + 1)]
+    for number, unit in zip(numbers, units, strict=True):
+        blocks[number] += unit
+    return blocks
+
+
+def steps_of(model, optimizer, steps):
+    """Train on random tokens, and yield after each step."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        tokens = torch.randint(300, (32,), generator=generator)
+        hidden = model["embedding"](tokens)
+        for block in model["h"]:
+            hidden = hidden + block(hidden)
+        loss = nn.functional.cross_entropy(model["head"](model["norm"](hidden)), tokens % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield
+
+
+@pytest.mark.parametrize("granularity", ["global", "block"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_mean_over_blocks_whatever_the_rows(granularity, named):
+    """Within the error of the short sketches: √(2/WIDTH) of each squared norm, less by the mean."""
+    model = deep()
+    base = torch.optim.AdamW(model.named_parameters() if named else model.parameters(), lr=1e-2)
+    optimizer = GapAware(base, **{**SMALL, "granularity": granularity})
+    blocks = named_blocks(model) if named else tensors(model)
+    if granularity == "global":
+        blocks = together(blocks)
+    starts = [flat(block) for block in blocks]
+    formula = [exact(blocks, starts) for _ in steps_of(model, optimizer, 41)]
+    assert len(optimizer.history) == 19
+    sigma = (2 * 2 / WIDTH / len(blocks)) ** 0.5
+    for record in optimizer.history:
+        assert record["risk"] == pytest.approx(formula[record["step"] - 1], rel=3 * sigma)
+
+
+def test_many_tensors_are_taken_together_even_with_some_that_start_at_zero():
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(12)])
+    for layer in model[:-1]:
+        nn.init.zeros_(layer.bias)
+    parameters = list(model.parameters())
+    base = torch.optim.AdamW(
+        [{"params": parameters[:-2]}, {"params": parameters[-2:], "anchor": False}], lr=1e-2
+    )
+    optimizer = GapAware(base, **{**SMALL, "sketch_dim": None})
+    blocks = together([[p] for p in parameters[:-2]])
+    assert 1 < len(blocks) <= MOST_BLOCKS
+    starts, x, formula = [flat(block) for block in blocks], torch.randn(32, 3), []
+    for _ in range(21):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        formula.append(exact(blocks, starts))
+    assert len(optimizer.history) == 9
+    for record in optimizer.history:
+        assert record["risk"] == pytest.approx(formula[record["step"] - 1], rel=1e-9)
+
+
+def test_rows_of_whole_groups_do_not_change_what_the_law_sees():
+    """Blocks are only looked at: decisions follow from the long sketches, whose bits stay."""
+    x = [torch.randn(n) for n in (5, 300, 70_000, 12, 200_000)]
+    ends = list(accumulate(len(part) for part in x))
+    pieces = [(part, end - len(part)) for part, end in zip(x, ends, strict=True)]
+    sketch, cpu = CountSketch(1000, seed=0), torch.device("cpu")
+    whole, _ = sketch.rows([pieces], cpu)
+    parted, shares = sketch.rows(
+        [pieces], cpu, stretches=[list(zip(ends, (0, 1, 2, 0, 3), strict=True))]
+    )
+    assert torch.equal(whole, parted)
+    assert shares.shape == (4 * WIDTH,)
+
+
+def test_a_block_that_started_at_zero_is_left_out():
     model = mlp()
-    biases = [layer.bias for layer in model if isinstance(layer, nn.Linear)]
-    starts = [flat([p]) for p in model.parameters()]
     with torch.no_grad():
-        biases[1].zero_()
-    optimizer = build(model, sketch_dim=None, granularity="block")
-    train(model, optimizer, 10)
-    rows = zip(model.parameters(), starts, strict=True)
-    shares = [exact([p], start) for p, start in rows if p is not biases[1]]
-    train(model, optimizer, range(10, 13))
-    record = next(record for record in optimizer.history if record["step"] == 10)
-    assert record["risk"] == pytest.approx(sum(shares) / len(shares), rel=1e-9)
-
-
-def test_sketch_is_within_its_error():
-    """A squared norm is within √(2/dim), and a risk is a ratio of two."""
-    model, dim = nn.Sequential(nn.Linear(6, 512), nn.Tanh(), nn.Linear(512, 2)), 4096
-    told, formula = watched(model, build(model, sketch_dim=dim), 21)
-    for step, risk in told.items():
-        assert risk == pytest.approx(formula[step], rel=4 * 2 * (2 / dim) ** 0.5)
+        model[2].bias.zero_()
+    told, formula = watched(model, build(model, sketch_dim=None), 21)
+    assert told[18] == pytest.approx(formula[18], rel=1e-9)
 
 
 def test_a_new_head_is_left_out():
@@ -80,7 +179,8 @@ def test_a_new_head_is_left_out():
     head = list(model[-1].parameters())
     trunk = [p for p in model.parameters() if not any(p is h for h in head)]
     groups = [{"params": trunk}, {"params": head, "anchor": False}]
-    told, formula = watched(model, build(model, groups, sketch_dim=None), 21, trunk)
+    optimizer = build(model, groups, sketch_dim=None)
+    told, formula = watched(model, optimizer, 21, [[p] for p in trunk])
     assert told[18] == pytest.approx(formula[18], rel=1e-9)
     alone = build(model, [{"params": head, "anchor": False}])
     train(model, alone, 20)
@@ -142,20 +242,41 @@ def test_the_start_outlasts_a_new_group(sketch_dim):
     model = mlp()
     late = nn.Parameter(torch.ones(1000))
     optimizer = build(model, sketch_dim=sketch_dim)
-    start = flat(model.parameters())
+    starts = [flat(block) for block in tensors(model)]
     train(model, optimizer, 11)
     optimizer.add_param_group({"params": [late], "lr": 0.0})
     train(model, optimizer, range(11, 14))
-    formula = exact(model.parameters(), start) / 2  # the mean with that of the new group
+    formula = exact([*tensors(model), [late]], [*starts, flat([late])])
     train(model, optimizer, range(14, 17))
     record = next(record for record in optimizer.history if record["step"] == 14)
     assert record["risk"] == pytest.approx(formula, rel=0.3 if sketch_dim else 1e-9)
     assert record["risk"] > 0
 
 
+def test_layers_that_are_thawed_begin_where_they_are():
+    """And so do those behind them, whose place in the group is another one."""
+    model = deep()
+    for parameter in model["h"][1].parameters():
+        parameter.requires_grad_(False)
+    base = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    optimizer = GapAware(base, **{**SMALL, "sketch_dim": None})
+    blocks = named_blocks(model)
+    starts = [flat(block) for block in blocks]
+    assert len(list(steps_of(model, optimizer, 12))) == 12
+    for parameter in model["h"][1].parameters():
+        parameter.requires_grad_(True)
+    assert len(list(steps_of(model, optimizer, 2))) == 2
+    starts[2:] = [flat(block) for block in blocks[2:]]
+    *_, formula = [exact(blocks, starts) for _ in steps_of(model, optimizer, 2)]
+    assert len(list(steps_of(model, optimizer, 2))) == 2
+    record = next(record for record in optimizer.history if record["step"] == 16)
+    assert record["risk"] == pytest.approx(formula, rel=1e-9)
+
+
 def test_the_start_outlasts_nan():
     params = parameters()
-    start = flat(params)
+    blocks = [[parameter] for parameter in params]
+    starts = [flat(block) for block in blocks]
     optimizer = GapAware(torch.optim.SGD(params, lr=0.1), **{**SMALL, "sketch_dim": None})
     run(optimizer, params, 10)
     whole = copy.deepcopy(params)
@@ -167,7 +288,7 @@ def test_the_start_outlasts_nan():
     formula = {}
     for step in range(15, 30):
         run(optimizer, params, range(step, step + 1))
-        formula[step + 1] = exact(params, start)
+        formula[step + 1] = exact(blocks, starts)
     told = {r["step"]: r["risk"] for r in optimizer.history if r["step"] > 15 and "risk" in r}
     assert len(told) > 3
     for step, risk in told.items():
@@ -187,13 +308,14 @@ def test_a_start_at_zero_has_no_risk():
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda start: start.update(sketch=start["sketch"][:, 1:]),
-        lambda start: start.update(sketch="x"),
-        lambda start: start.update(rows=[]),
-        lambda start: start["rows"][0].pop(),
-        lambda start: start["rows"].append(["group 1", 1, 1]),
-        lambda start: start["rows"][0].__setitem__(0, "group 7"),
-        lambda start: start.pop("rows"),
+        lambda start: start.update(shares=start["shares"][1:]),
+        lambda start: start.update(shares="x"),
+        lambda start: start.update(blocks=[]),
+        lambda start: start["blocks"][0].pop(),
+        lambda start: start["blocks"].append(["group 1: tensor 0", 1, 1, 0]),
+        lambda start: start["blocks"][0].__setitem__(0, "group 7: tensor 0"),
+        lambda start: start["blocks"][0].__setitem__(2, 7),
+        lambda start: start.pop("blocks"),
     ],
 )
 def test_a_damaged_start_is_refused(damage):
@@ -203,6 +325,18 @@ def test_a_damaged_start_is_refused(damage):
     saved = copy.deepcopy(optimizer.state_dict())
     damage(saved["gapaware"]["observer"]["start"])
     with pytest.raises(ValueError, match="nothing was changed"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_start_of_rows_is_refused_with_its_reason():
+    """As states had it while risks were means over the rows of the sketch."""
+    model = mlp()
+    optimizer = build(model)
+    train(model, optimizer, 15)
+    saved = copy.deepcopy(optimizer.state_dict())
+    rows = {"rows": [["group 0", 6, 1000]], "sketch": torch.zeros(1, 512)}
+    saved["gapaware"]["observer"]["start"] = rows
+    with pytest.raises(ValueError, match="the start of rows"):
         optimizer.load_state_dict(saved)
 
 
