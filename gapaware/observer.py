@@ -15,9 +15,10 @@ from gapaware import layout
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
 from gapaware.distributed import Sharing, Unsupported, is_dtensor, refuse, sharing
+from gapaware.identity import Identity
 from gapaware.risk import Start
 from gapaware.scaling import Scales
-from gapaware.sketch import CountSketch, Identity
+from gapaware.sketch import CountSketch
 from gapaware.transfer import Transfer, send
 from gapaware.window import Window
 

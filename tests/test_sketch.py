@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gapaware import reference
-from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, CountSketch, Identity, buckets, sign_table
+from gapaware.identity import Identity
+from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, CountSketch, buckets, sign_table
 
 DIM = 16_384
 
