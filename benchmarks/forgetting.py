@@ -45,7 +45,7 @@ FIRST = (
     "gapaware-rehearsed",
     "gapaware-consolidate",
 )
-WITH_MUON = FIRST
+WITH_MUON = (*FIRST, "pseudorehearsal")
 QUICK_TASKS, QUICK_SEEDS = (SPLIT.name, ROTATED.name), 3
 KEPT_RUNS = Path("runs/forgetting.jsonl")
 COMMITTED_RUNS = Path(__file__).parent / "results" / "forgetting.jsonl"

@@ -25,9 +25,11 @@ STYLES = {
     },
     "gapaware-distilled": {"color": "tab:red", "linewidth": 1.6},
     "gapaware-distilled, then wise-ft": {"color": "tab:red", "linewidth": 2.6, "linestyle": "--"},
+    "pseudorehearsal": {"color": "tab:green", "linewidth": 1.6},
+    "pseudorehearsal, then wise-ft": {"color": "tab:green", "linewidth": 2.6, "linestyle": "--"},
     "gapaware-consolidate": {"color": "tab:orange", "linewidth": 1.2, "linestyle": ":"},
 }
-RIVALS = ("tab:cyan", "tab:olive", "tab:pink", "tab:brown", "gold", "tab:green", "0.6")
+RIVALS = ("tab:cyan", "tab:olive", "tab:pink", "tab:brown", "gold", "black", "0.6")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

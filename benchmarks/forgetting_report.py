@@ -13,6 +13,7 @@ from recipes.table import table
 
 NEEDS = {"ewc": "ewc (OLD data)"}
 OURS = "gapaware-rehearsed, then wise-ft"
+RIVAL = "pseudorehearsal, then wise-ft"  # with the same old answers held
 # least reductions against the best lr of the base's sweep, by share of the gain
 GOALS = {0.95: 0.40, 0.9: 0.50, 0.8: 0.65}
 GOAL_DEFAULT = 0.80  # at 90 %, against the default lr
@@ -127,7 +128,7 @@ def lr_table(runs: Runs) -> str:
     factors = sorted({row["lr_factor"] for row in runs.rows if row["method"] == "base"})
     body = []
     for case in runs.cases:
-        for view in ("base", "wise-ft", "finch", "gapaware-retain", OURS):
+        for view in ("base", "wise-ft", "finch", RIVAL, "gapaware-retain", OURS):
             if runs.seeds(case, view):
                 cells = [
                     mean_or_count(runs.forgotten(case, view, 0.9, f).values()) for f in factors

@@ -25,6 +25,8 @@ VIEWS: dict[str, tuple[str, str]] = {
     "gapaware-distilled, then wise-ft": ("gapaware-distilled", "line"),
     "gapaware-rehearsed": ("gapaware-rehearsed", "trajectory"),
     "gapaware-rehearsed, then wise-ft": ("gapaware-rehearsed", "line"),
+    "pseudorehearsal": ("pseudorehearsal", "trajectory"),
+    "pseudorehearsal, then wise-ft": ("pseudorehearsal", "line"),
     "gapaware-consolidate": ("gapaware-consolidate", "consolidated"),
     **{
         name: (name, "trajectory")

@@ -1,9 +1,9 @@
 """What fine-tunes: the base optimizer, its rivals in not forgetting, and GapAware.
 
-Every method has a sweep of seven values, and a run of it is one value and one seed. The base, FINCH and
-GapAware sweep the learning rate; a rival with a strength of its own sweeps that, at the learning rate
-at which the base alone forgot least (`ForgettingTask.good`). Penalties and pulls leave the new task's
-own head alone and replace the weight decay to zero. EWC alone is given old data.
+Every method has a sweep of seven values, and a run of it is one value and one seed. The base, FINCH,
+pseudorehearsal and GapAware sweep the learning rate; a rival with a strength of its own sweeps that, at
+the learning rate at which the base alone forgot least (`ForgettingTask.good`). Penalties and pulls leave
+the new task's own head alone and replace the weight decay to zero. EWC alone is given old data.
 """
 
 from __future__ import annotations
@@ -65,13 +65,12 @@ def distilled(run: Training) -> Curves:
     return {"trajectory": run.finetune(optimizer, loss=loss), "line": run.line()}
 
 
-def rehearsed(run: Training) -> Curves:
-    """Old answers held on inputs of neither task, and on new ones where the old task has a head of its own.
+def holding_answers(run: Training) -> Callable[[nn.Module, Examples], Tensor]:
+    """The task's loss and `gapaware.Distillation` of old answers on inputs of neither task.
 
-    Beside it the pull of mode "retain" gives way four times as fast, and the learning rate may grow. The
-    same settings on every task; needs no old data.
+    On new inputs as well where the old task has a head of its own. The same strength for each kind of
+    input on every task; needs no old data.
     """
-    fresh = run.task.fresh or ("\0",)
     imagined = run.task.imagined(run.model, run.seed)
 
     def asked(inputs: Tensor) -> Tensor:
@@ -83,19 +82,33 @@ def rehearsed(run: Training) -> Curves:
     strength = 2.0 if run.task.fresh else 1.0  # one for each kind of input
     held = gapaware.Distillation(run.model, old_answers, inputs=asked, strength=strength)
     run.held += list(held.weights.values())
+
+    def loss(model: nn.Module, batch: Examples) -> Tensor:
+        return run.task.loss(model, batch) + held(batch.inputs)
+
+    return loss
+
+
+def rehearsed(run: Training) -> Curves:
+    """Old answers held, a pull that gives way four times as fast, a learning rate that may grow."""
+    loss = holding_answers(run)
+    fresh = run.task.fresh or ("\0",)
     anchor = {name: w for name, w in run.anchor.items() if not name.startswith(fresh)}
     optimizer = GapAware(
         run.optimizer(), mode="retain", anchor=anchor, max_scale=64.0, target=REHEARSED_TARGET
     )
-
-    def loss(model: nn.Module, batch: Examples) -> Tensor:
-        return run.task.loss(model, batch) + held(batch.inputs)
 
     def step(take: Callable[[], object], loss: float) -> None:
         take()
         optimizer.log(loss=loss)
 
     points = run.finetune(optimizer, loss=loss, around_step=step)
+    return {"trajectory": points, "line": run.line()}
+
+
+def pseudorehearsal(run: Training) -> Curves:
+    """The same old answers held, the optimizer alone, and the line back from its end."""
+    points = run.finetune(run.optimizer(), loss=holding_answers(run))
     return {"trajectory": points, "line": run.line()}
 
 
@@ -270,6 +283,7 @@ METHODS: dict[str, Method] = {
     "gapaware-retain": Method(retain),
     "gapaware-distilled": Method(distilled),
     "gapaware-rehearsed": Method(rehearsed),
+    "pseudorehearsal": Method(pseudorehearsal),
     "l2-sp": Method(l2_sp, "λ", (0.3, 1, 3, 10, 30, 100, 300)),
     "spd": Method(selective_decay, "λ", (0.3, 1, 3, 10, 30, 100, 300)),
     "ewc": Method(ewc, "λ", (1, 10, 100, 1e3, 1e4, 1e5, 1e6)),

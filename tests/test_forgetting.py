@@ -173,6 +173,15 @@ class TestMethods:
                 rises.append(points[-1].old.loss - points[0].old.loss)
             assert rises[1] < 0.5 * rises[0]
 
+    def test_holding_old_answers_forgets_less_on_one_head_and_on_two(self) -> None:
+        for task in (TINY, replace(ROTATED, old_steps=60, points=4)):
+            task = replace(task, steps=60)
+            rises = []
+            for method in ("base", "pseudorehearsal"):
+                points = trained(method, 1.0, task)[1]
+                rises.append(points[-1].old.loss - points[0].old.loss)
+            assert rises[1] < 0.7 * rises[0]
+
     def test_adapters_leave_pretrained_weights_frozen_and_have_the_rank(self) -> None:
         run = Training(TINY, "adamw", 2, 10.0, 0)
         low_rank(run)
