@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from gapaware import Observation, reference
 from gapaware.drift import drift, newest, per_learning_rate
@@ -393,3 +394,30 @@ def test_retain_law_raises_a_learning_rate_that_may_grow():
     assert decision.scale == alone.scale > 1
     assert decision.memory == alone.memory
     assert decision.pull == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 200))
+
+
+def trained_where_it_has_converged(wrap, lr=1e-3, steps=800):
+    """Targets of pure noise, from their best fit on: there is nothing to gain."""
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(200))
+    optimizer = wrap(torch.optim.AdamW([weights], lr=lr, weight_decay=0.0))
+    losses = []
+    for _ in range(steps):
+        loss = (torch.randn(1024, 200) @ weights - 0.5 * torch.randn(1024)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if isinstance(optimizer, GapAware):
+            optimizer.log(loss=loss)
+    return optimizer, losses
+
+
+def test_a_converged_run_is_tried_out_and_left_alone():
+    optimizer, ours = trained_where_it_has_converged(GapAware)
+    _, alone = trained_where_it_has_converged(lambda base: base)
+    scales = [record["scale"] for record in optimizer.history]
+    assert max(scales) > 2
+    assert scales[-1] == 1.0
+    assert sum(ours) < 1.02 * sum(alone)
+    assert sum(ours[-200:]) < 1.01 * sum(alone[-200:])
