@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapaware import Observation, reference
+from gapaware import GapAware, Observation, reference
 from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
     DRIFT_TARGET,
