@@ -18,6 +18,7 @@ def scrambled(examples: Tensor) -> Tensor:
         A tensor of the same shape, dtype and device; the order comes from torch's random state there.
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: a tensor of one dimension or none, which has nothing to shuffle within an example.
 
     Example:
@@ -25,6 +26,11 @@ def scrambled(examples: Tensor) -> Tensor:
         >>> scrambled(images).flatten(1).sort().values.equal(images.flatten(1))
         True
     """
+    if not isinstance(examples, Tensor):
+        raise TypeError(
+            f"examples: is a {type(examples).__name__}; pass a tensor, and of a dict of them the one to "
+            "shuffle: inputs=lambda batch: {**batch, 'pixel_values': scrambled(batch['pixel_values'])}"
+        )
     if examples.ndim < 2:
         raise ValueError(
             f"examples: has the shape {tuple(examples.shape)}; pass (n, ...), of two dimensions or more"

@@ -206,3 +206,8 @@ def test_scrambles_are_of_the_same_elements_in_other_orders():
     assert not torch.equal(places[0], places[1])
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         scrambled(torch.ones(3))
+
+
+def test_a_batch_as_a_dict_says_which_part_to_shuffle():
+    with pytest.raises(TypeError, match="examples: is a dict; pass a tensor"):
+        scrambled({"pixel_values": torch.ones(2, 3)})
