@@ -3,13 +3,14 @@
 What was tried on the way to it is in benchmarks/LOG.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import numpy as np
 
 from gapaware.controller import Decision, Observation
 from gapaware.drift import Drift, Newest, drift, newest, per_learning_rate
+from gapaware.momentum import interval_for
 from gapaware.spectrum import adiabaticity
 from gapaware.trend import Trend
 
@@ -21,14 +22,19 @@ GROWTH = 1.16
 SHRINKAGE = 0.9
 LEAST_DRIFT = 0.2
 WINDOW_GROWTH = 4.0
+SPAN = 3
 # by coherence
 COHERENT = 0.5
 LEAST_COHERENT_GROWTH = 1.3
 FEWEST_UPDATES = 6
+# where little can be lost
+COHERENT_LEAP = 6.0
+CERTAIN = 0.6
+LENGTHENING = 1.1
 # by the loss
 PROBING = 1.16
 RETREAT = 0.9
-LEAP = 1.5
+LEAP = 2.0
 PATIENCE = 100
 RETURN = 0.8
 # what holds growth
@@ -52,8 +58,11 @@ def drift_law(observation: Observation) -> Decision:
         f · min(((c − s)/c*)^gain, growth)^n    where c − s > c*: steady drift; 4-fold in a window at most
         f · max(1/2 + q, 1.3)^n                 where q > 1/2, q the least of c − s, persistence and
                                                 alignment: every update goes the same way
+        f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
+                                                within 40 % of where the run began, and updates do not
+                                                lengthen: a saddle that is left needs no hurry
         f · leap^n                              where the loss is still where the run began, as is known
-                                                to 1.5 %, and the window is full
+                                                to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
         f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls
         f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
@@ -62,16 +71,24 @@ def drift_law(observation: Observation) -> Decision:
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a fifth at a time
-    and does not leap again.
+    and does not leap again. With a pull towards the starting weights nothing leaps.
 
-    Only coherence acts before the window is full. f does not grow where a > 3, unless the loss stands
-    still; nor while the schedule warms up, nor so far that a step moves the weights by more than 15 % of
-    their norm; and it stays once the schedule has come down below half of its peak.
+    Only coherence and leaps act before the window is full and the run has lasted for W + 1 thirds of the
+    momentum's memory. f does not grow where a > 3, unless the loss stands still; nor while the schedule
+    warms up, nor so far that a step moves the weights by more than 15 % of their norm; and it stays once
+    the schedule has come down below half of its peak.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
+
+    Snapshots are closer together at first, see `interval_for`.
     """
+    interval = interval_for(observation.momentum_memory, observation.step)
+    return replace(_decide(observation), interval=interval)
+
+
+def _decide(observation: Observation) -> Decision:
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
     memory = {**observation.memory, "highest_lr": highest}
     trend = None
@@ -111,7 +128,7 @@ class _Motion:
     """What the law reads off the window.
 
     Attributes:
-        full: whether there are W + 1 updates; a is 0 before.
+        full: whether there are W + 1 updates, and time enough for them; a is 0 before.
         drift: of the last W updates, of all while there are fewer.
         newest: update against the older ones.
         a: adiabaticity per learning rate.
@@ -127,8 +144,12 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
     """What moves, or None and the reason why that cannot be told."""
     distances = observation.lrs * observation.scales * observation.spans
     moved = (np.diag(observation.gram) > 0) & (distances > 0)
-    full = len(moved) > observation.window
-    if not moved.all() or len(moved) < min(FEWEST_UPDATES, observation.window + 1):
+    updates = observation.window + 1
+    # close snapshots at first fill a window before it spans enough
+    full = (
+        len(moved) >= updates and SPAN * observation.step >= updates * observation.momentum_memory
+    )
+    if not moved.all() or len(moved) < min(FEWEST_UPDATES, updates):
         return None, "the window is filling"
     gram, spans = per_learning_rate(observation.gram, distances), observation.spans
     memory, first = observation.momentum_memory, 1 if full else 0
@@ -149,7 +170,8 @@ def _wanted(
     if motion.full:
         factor, why = _by_drift(observation, seen)
     coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
-    fast = max(0.5 + coherence, LEAST_COHERENT_GROWTH) ** thirds
+    hurry = last.growth < LENGTHENING and trend.close and not observation.pull
+    fast = _fast(coherence, hurry=hurry) ** thirds
     if coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
@@ -157,7 +179,8 @@ def _wanted(
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
     if trend.lifted and explored < PATIENCE:
-        return _on_the_first_plateau(motion, trend, thirds, factor, why)
+        leap = 1.0 if observation.pull else LEAP**thirds
+        return _on_the_first_plateau(trend, leap, factor, why)
     if trend.lost and explored and observation.scale > 1:
         return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
@@ -167,12 +190,17 @@ def _wanted(
     return factor, why
 
 
-def _on_the_first_plateau(
-    motion: _Motion, trend: Trend, thirds: float, factor: float, why: str
-) -> tuple[float, str]:
+def _fast(coherence: float, *, hurry: bool) -> float:
+    """The factor on f a third of the momentum's memory where every update goes the same way."""
+    factor = max(0.5 + coherence, LEAST_COHERENT_GROWTH)
+    share = np.clip((coherence - COHERENT) / (CERTAIN - COHERENT), 0.0, 1.0)
+    return max(factor, float(COHERENT_LEAP**share)) if hurry else factor
+
+
+def _on_the_first_plateau(trend: Trend, leap: float, factor: float, why: str) -> tuple[float, str]:
     """The factor on f while nothing has been gained yet that could be lost."""
-    if motion.full and trend.unmoved and factor < LEAP**thirds:
-        return LEAP**thirds, "nothing gained yet, grow fast"
+    if trend.unmoved and factor < leap:
+        return leap, "nothing gained yet, grow fast"
     if factor < 1 or trend.rises:
         return 1.0, "nothing gained yet that could be lost, hold"
     return factor, why

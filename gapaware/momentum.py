@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 # e^-1.5 of a gradient's first weight is left in an exponential average after this many time constants
 TIME_CONSTANTS = 1.5
 SNAPSHOTS_PER_MEMORY = 3
+FIRST_MEMORIES, FIRST_SHARE = 2, 0.4
 
 
 def memory_steps(param_groups: Iterable[dict[str, Any]]) -> int:
@@ -33,11 +35,20 @@ def memory_steps(param_groups: Iterable[dict[str, Any]]) -> int:
     return longest
 
 
-def interval_for(memory: int) -> int:
+def interval_for(memory: int, step: float = inf) -> int:
     """Steps between snapshots so that a window of ten spans several memories.
+
+    Closer together during the first two memories: whoever is on a plateau then need not wait for a window.
+
+    Args:
+        memory: see `memory_steps`.
+        step: optimizer steps made so far.
 
     Example:
         >>> [interval_for(memory) for memory in (2, 15, 30)]
         [1, 5, 10]
+        >>> [interval_for(memory, step=0) for memory in (2, 15, 30)]
+        [1, 2, 4]
     """
-    return max(1, round(memory / SNAPSHOTS_PER_MEMORY))
+    interval = max(1, round(memory / SNAPSHOTS_PER_MEMORY))
+    return max(1, round(FIRST_SHARE * interval)) if step < FIRST_MEMORIES * memory else interval

@@ -29,4 +29,5 @@ def retain_law(observation: Observation) -> Decision:
     if observation.max_scale <= 1:
         return Decision(1.0, why, pull=pull)
     growth = drift_law(replace(observation, target=DRIFT_TARGET))
-    return replace(growth, why=f"{why}; {growth.why}", pull=pull)
+    # what was seen of retention was seen at one interval
+    return replace(growth, why=f"{why}; {growth.why}", pull=pull, interval=None)

@@ -80,7 +80,9 @@ def settle(
     window = arguments.integer(
         "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
     )
-    steps = _interval(interval, memory_steps(param_groups))
+    law = controller or chosen.law
+    memory = memory_steps(param_groups)
+    steps = _interval(interval, memory, close=law is drift_law)
     if sketch_dim is not None:
         arguments.integer(
             "sketch_dim",
@@ -112,11 +114,11 @@ def settle(
     arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
     if controller is None and chosen.law is drift_law and interval != "auto":
-        _warn_of_a_short_window(window, steps, memory_steps(param_groups))
+        _warn_of_a_short_window(window, steps, memory)
     return Settings(
         window=window,
         interval=steps,
-        controller=controller or chosen.law,
+        controller=law,
         target=target,
         min_scale=low,
         max_scale=high,
@@ -125,10 +127,10 @@ def settle(
     )
 
 
-def _interval(interval: int | str, memory: int) -> int:
+def _interval(interval: int | str, memory: int, *, close: bool) -> int:
     if isinstance(interval, str):
         arguments.choice("interval", interval, ("auto",))
-        return interval_for(memory)
+        return interval_for(memory, step=0) if close else interval_for(memory)
     return arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
 
 

@@ -16,6 +16,9 @@ import numpy as np
 FLAT = 0.015
 # still on the plateau where the run began: above it by less than this
 LIFT = 0.06
+# close to where the run began: little to lose
+CLOSE = 0.4
+NEWEST = 3
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
 ERRORS = 2.0
@@ -88,6 +91,14 @@ class Trend:
         """Whether the loss is where the run began, as is known to 1.5 %: nothing has been gained yet."""
         change, error = self._since_the_start()
         return abs(change) + error < FLAT
+
+    @property
+    def close(self) -> bool:
+        """Whether the newest losses are within 40 % of where the run began: little to lose."""
+        if not self.means:
+            return False
+        newest = fmean(self.recent[-NEWEST:])
+        return abs(newest - self.means[0]) < CLOSE * abs(self.means[0])
 
     @property
     def lifted(self) -> bool:

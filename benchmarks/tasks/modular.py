@@ -110,6 +110,21 @@ def cubes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a * a * a + b
 
 
+def divided(a: torch.Tensor, b: torch.Tensor, *, modulus: int) -> torch.Tensor:
+    """Quotient x / y, and 0 where y is 0.
+
+    >>> divided(torch.tensor([3]), torch.tensor([2]), modulus=5).item()
+    4
+    """
+    inverse = torch.tensor([0] + [pow(i, -1, modulus) for i in range(1, modulus)])
+    return a * inverse[b] % modulus
+
+
+def quadratic(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """x² + xy + y²."""
+    return a * a + a * b + b * b
+
+
 ADD = Task(
     name="modular-add",
     setup=partial(modular, operation=torch.add),
@@ -140,6 +155,16 @@ CUBES = replace(
     HELD_OUT,
     name="modular-cubes-53",
     setup=partial(modular, operation=cubes, modulus=53, train_fraction=0.6),
+)
+DIVIDE = replace(
+    HELD_OUT,
+    name="modular-divide-61",
+    setup=partial(modular, operation=partial(divided, modulus=61), modulus=61, batch_size=512),
+)
+QUADRATIC = replace(
+    HELD_OUT,
+    name="modular-quadratic-43",
+    setup=partial(modular, operation=quadratic, modulus=43, train_fraction=0.6),
 )
 TRANSFORMER = replace(
     HELD_OUT,
