@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.gpt2 import LR, RIVALS_OF_ADAMW, WRAPPED, Trainee
 from benchmarks.timing import interleaved, seconds
 from gapaware import GapAware
+from gapaware.momentum import FIRST_MEMORIES, memory_steps
 
 Row = dict[str, Any]
 
@@ -33,6 +34,7 @@ def step_with_gapaware(trainee: Trainee, base: str, interval: int | str, budget:
     """
     optimizer = wrapped(trainee, base, interval)
     trainee.step(optimizer.base)
+    pass_the_start(optimizer, trainee.parameters)
     fill(optimizer, trainee.parameters)
     trainee.step(optimizer)
     inside = optimizer.seconds
@@ -143,6 +145,14 @@ def fill(optimizer: GapAware, parameters: Sequence[Tensor], snapshots: int = WIN
     """Let GapAware see snapshots of parameters that move, without training them."""
     optimizer.zero_grad()
     for _ in range(snapshots * optimizer.interval):
+        nudge(parameters)
+        optimizer.step()
+
+
+def pass_the_start(optimizer: GapAware, parameters: Sequence[Tensor]) -> None:
+    """Make the first steps, in which snapshots are closer together than in the rest of a run."""
+    optimizer.zero_grad()
+    for _ in range((FIRST_MEMORIES + 1) * memory_steps(optimizer.param_groups)):
         nudge(parameters)
         optimizer.step()
 

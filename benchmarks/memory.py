@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.costs import Row, fill, refuse_faults, wrapped
+from benchmarks.costs import Row, fill, pass_the_start, refuse_faults, wrapped
 from benchmarks.gpt2 import SHAPES, Trainee
 
 RECORDS = 40
@@ -49,6 +49,7 @@ def weigh(shape: str, base: str, device: torch.device) -> Row:
     peak_alone = _peak(lambda: trainee.step(optimizer.base), device)
     optimizer.zero_grad()
     before = _storages(_live_tensors())
+    pass_the_start(optimizer, trainee.parameters)
     fill(optimizer, trainee.parameters)
     trainee.step(optimizer)
     peak_wrapped = _peak(

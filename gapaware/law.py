@@ -59,8 +59,8 @@ def drift_law(observation: Observation) -> Decision:
         f · max(1/2 + q, 1.3)^n                 where q > 1/2, q the least of c − s, persistence and
                                                 alignment: every update goes the same way
         f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
-                                                within 40 % of where the run began, and updates do not
-                                                lengthen: a saddle that is left needs no hurry
+                                                within 40 % of where the run began, and no update has
+                                                lengthened yet: steps seem to be bounded by the optimizer
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
@@ -109,7 +109,11 @@ def _decide(observation: Observation) -> Decision:
     explored = int(memory.get("explored", 0))
     if observation.scale > 1:
         memory["explored"] = _explored(explored, trend)
-    factor, why = _wanted(observation, motion, trend, explored)
+    # by more than a learning rate explains: nothing bounds the steps of this optimizer
+    lengthened = bool(memory.get("lengthened")) or motion.newest.growth >= LENGTHENING
+    memory["lengthened"] = lengthened
+    hurry = trend.close and not lengthened and not observation.pull
+    factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
     limit = _limit(observation)
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
@@ -162,7 +166,7 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
 
 
 def _wanted(
-    observation: Observation, motion: _Motion, trend: Trend, explored: int
+    observation: Observation, motion: _Motion, trend: Trend, explored: int, *, hurry: bool
 ) -> tuple[float, str]:
     """The factor on f that drift, coherence and loss ask for."""
     thirds, seen, last = _thirds(observation), motion.drift, motion.newest
@@ -170,7 +174,6 @@ def _wanted(
     if motion.full:
         factor, why = _by_drift(observation, seen)
     coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
-    hurry = last.growth < LENGTHENING and trend.close and not observation.pull
     fast = _fast(coherence, hurry=hurry) ** thirds
     if coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
