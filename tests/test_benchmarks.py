@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -113,6 +114,8 @@ def test_parity_is_of_three_bits_and_uncorrelated_with_each():
         (torch.mul, lambda a, b: a * b),
         (modular.squares, lambda a, b: a**2 + b**2),
         (modular.mixed_powers, lambda a, b: a**2 + b),
+        (modular.quadratic, lambda a, b: a**2 + a * b + b**2),
+        (partial(modular.divided, modulus=7), lambda a, b: a * pow(b, 5)),
     ],
 )
 def test_modular_tables(operation, answer):
@@ -403,6 +406,24 @@ def test_a_sweep_cuts_off_at_twice_the_best_and_its_best_is_judged(tmp_path):
     )
     draw(results, ["parity"], ["base", "gapaware"], 3, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_a_task_on_which_nobody_arrives_is_in_no_mean(tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    for seed in range(2):
+        for method, reached in (("base", 900), ("gapaware", 90)):
+            results.add(row(seed=seed, method=method, reached=reached))
+            missed = {"reached": None, "budget": 10_000}
+            results.add(row(seed=seed, method=method, task="modular-quadratic-43", **missed))
+    text = markdown(results, ["parity", "modular-quadratic-43"], ["base", "gapaware"], 2)
+    assert "nobody arrived" in text
+    assert "| base alone | all | 10.00 |" in text
+    # the base missing is a bound, and counts
+    for seed in range(2):
+        results.add(row(seed=seed, method="base", task="scan", reached=None, budget=4000))
+        results.add(row(seed=seed, method="gapaware", task="scan", reached=90))
+    text = markdown(results, ["parity", "scan"], ["base", "gapaware"], 2)
+    assert "| base alone | all | > " in text
 
 
 def test_a_choice_does_not_change_when_its_run_is_done_whole(tmp_path):
