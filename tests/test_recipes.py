@@ -163,7 +163,7 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     ]
     for text in (*methods, "in gapaware", "scores.png"):
         assert text in printed
-    assert "GapAware (auto), seed 1: the factor stayed at 1 (too few updates yet)" in printed
+    assert "GapAware (auto), seed 1: the factor stayed at 1 (the window is filling)" in printed
     assert (output / "scores.png").stat().st_size > 10_000
     saved = json.loads((output / "results.json").read_text())
     assert saved["settings"]["steps"] == 12
