@@ -453,6 +453,8 @@ def test_a_converged_run_is_tried_out_and_left_alone():
     _, alone = trained_where_it_has_converged(lambda base: base)
     scales = [record["scale"] for record in optimizer.history]
     assert max(scales) > 2
-    assert scales.count(1.0) > len(scales) / 2
+    # each try ends, and most of the time there is none
+    assert all(1.0 in scales[at : at + 30] for at in range(len(scales) - 29))
+    assert scales.count(1.0) > 0.75 * len(scales)
     assert sum(ours) < 1.02 * sum(alone)
     assert sum(ours[-200:]) < 1.01 * sum(alone[-200:])
