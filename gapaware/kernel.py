@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from gapaware.blocks import CHUNK, WIDTH, Stretch
-from gapaware.sketch import CHUNKS_PER_FLUSH, _gather_order, buckets, sign_table
+from gapaware.hashing import buckets, sign_table
+from gapaware.sketch import CHUNKS_PER_FLUSH, _gather_order
 from gapaware.transfer import send
 from gapaware.worklist import BLOCK, LANES, Batch, Piece, batches
 

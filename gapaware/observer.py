@@ -1,7 +1,7 @@
 """From parameters to the Gram matrix of the last updates: takes the snapshots and keeps the window."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -21,6 +21,9 @@ from gapaware.scaling import Scales
 from gapaware.sketch import CountSketch
 from gapaware.transfer import Transfer, send
 from gapaware.window import Window
+
+# others may have no storage of their own
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class NotFinite(ValueError):
@@ -344,15 +347,10 @@ class Observer:
     ) -> tuple[Tensor, Tensor]:
         assert self._sketch is not None
         devices = dict.fromkeys(p.device for row in rows for p in row.parameters)
+        key, resident = _whereabouts(rows)
         parts = []
         for device in devices:
             pieces = [row.pieces(device, among) for row in rows]
-            resident: frozenset[int] = frozenset()
-            key = None
-            if device.type == "cuda":
-                held = [_held(p) for row in rows for p in row.parameters]
-                resident = frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
-                key = tuple((row.blocks, *map(_whereabouts, row.parameters)) for row in rows)
             stretches = [row.stretches for row in rows]
             found = self._sketch.rows(
                 pieces, device, stretches=stretches, resident=resident, key=key
@@ -447,15 +445,26 @@ def _column(values: Sequence[float | Tensor]) -> Tensor:
     )
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter."""
-    return parameter.to_local() if is_dtensor(parameter) else parameter
+def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
+    """Where the elements of rows lie.
 
-
-def _whereabouts(parameter: Tensor) -> tuple[Any, ...]:
-    """What is equal as long as a parameter's elements lie where they did, in memory and in the row."""
-    held = _held(parameter)
-    local = (held.device, held.data_ptr(), held.dtype, held.shape, held.stride())
-    if is_dtensor(parameter):
-        return (*local, parameter.shape, parameter.placements, parameter.device_mesh)
-    return local
+    Returns:
+        What is equal as long as they lie where they did, in memory and in the rows, or None where that
+        cannot be told; and the addresses of their storages.
+    """
+    key: list[Hashable] = [row.blocks for row in rows]
+    addresses = set()
+    plain = True
+    for row in rows:
+        for parameter in row.parameters:
+            held = parameter
+            if is_dtensor(parameter):
+                held = parameter.to_local()
+                key.append((parameter.shape, parameter.placements, parameter.device_mesh))
+            plain = plain and type(held) in _PLAIN
+            storage = held.untyped_storage()
+            addresses.add(storage.data_ptr())
+            # the storage itself, since where one was freed there may be another
+            key.append((storage._cdata, held.data_ptr(), held.device, held.dtype))
+            key.append((held.shape, held.stride()))
+    return tuple(key) if plain else None, frozenset(addresses)

@@ -8,7 +8,7 @@ import scipy.linalg
 import scipy.stats
 
 from gapaware.blocks import CHUNK
-from gapaware.sketch import buckets, chunk_flips, chunk_offsets, sign_table
+from gapaware.hashing import buckets, chunk_flips, chunk_offsets, sign_table
 from gapaware.spectrum import Array
 
 

@@ -18,80 +18,26 @@ Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a b
 error stays below about 1e-6 of its value, whatever the size of the model.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import islice, repeat
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gapaware.additions import Additions
 from gapaware.blocks import CHUNK, DEPTH, ONE_BLOCK, WIDTH, Stretch, Tally
+from gapaware.hashing import buckets, sign_table
 from gapaware.transfer import send
 
 if TYPE_CHECKING:
     from gapaware.kernel import Fused
 
 CHUNKS_PER_FLUSH = 64
-# elements of a tensor that is not worth an addition of its own
-SMALL = 16_384
 # additions made ready at a time: few enough, since those of small tensors are copies of up to a chunk
 BATCH = 32
-
-_SIGN_STREAM, _OFFSET_STREAM, _FLIP_STREAM, _BUCKET_STREAM = range(4)
-
-
-def counter_hash(counter: np.ndarray, *, seed: int, stream: int) -> np.ndarray:
-    """Hash counters to 64 random bits each, the same on every machine.
-
-    The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
-
-    Args:
-        counter: integers, any shape.
-        seed: the user's seed.
-        stream: which of several independent streams to draw from.
-
-    Returns:
-        uint64, of the shape of `counter`.
-
-    Example:
-        >>> counter_hash(np.arange(2), seed=0, stream=0).dtype
-        dtype('uint64')
-    """
-    key = np.uint64((seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1B54A32D192ED03) % 2**64)
-    with np.errstate(over="ignore"):
-        z = (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)))
-
-
-def sign_table(seed: int) -> np.ndarray:
-    """Random signs ±1, shape (2·CHUNK,), float32; chunks use windows of length CHUNK of it."""
-    bits = counter_hash(np.arange(2 * CHUNK), seed=seed, stream=_SIGN_STREAM) >> np.uint64(63)
-    return 1.0 - 2.0 * bits.astype(np.float32)
-
-
-def chunk_offsets(chunks: np.ndarray, seed: int) -> np.ndarray:
-    """Where in the sign table the window of each chunk starts: integers in [0, CHUNK)."""
-    hashed = counter_hash(chunks, seed=seed, stream=_OFFSET_STREAM)
-    return (hashed % np.uint64(CHUNK)).astype(np.int64)
-
-
-def chunk_flips(chunks: np.ndarray, seed: int) -> np.ndarray:
-    """One more sign ±1 for each chunk, float64."""
-    bits = counter_hash(chunks, seed=seed, stream=_FLIP_STREAM) >> np.uint64(63)
-    return 1.0 - 2.0 * bits.astype(np.float64)
-
-
-def buckets(dim: int, seed: int) -> np.ndarray:
-    """The bucket in [0, dim) of each of the CHUNK places; every bucket gets as many, give or take one."""
-    order = np.argsort(counter_hash(np.arange(CHUNK), seed=seed, stream=_BUCKET_STREAM))
-    rank = np.empty(CHUNK, dtype=np.int64)
-    rank[order] = np.arange(CHUNK)
-    return rank % dim
 
 
 @lru_cache(maxsize=8)
@@ -99,45 +45,20 @@ def _host_tables(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sign_table(seed)), torch.from_numpy(buckets(dim, seed))
 
 
-class _Target(NamedTuple):
-    """Where a part of a chunk is added.
-
-    Attributes:
-        total: view of the sums there.
-        signs: of its elements.
-        flip: sign of the chunk.
-        chunk: its number.
-        place: of the first element, in the vector.
-        end: after the last one, in the sums.
-        wide: whether the sums are float64.
-    """
-
-    total: Tensor
-    signs: Tensor
-    flip: float
-    chunk: int
-    place: int
-    end: int
-    wide: bool
-
-
 class _Workspace(NamedTuple):
     """What a sketch needs on a device.
 
     Attributes:
-        signs: see `sign_table`.
         bucket: see `buckets`; on a GPU `_gather_order` of it.
         low: float32 sums, (DEPTH·WIDTH,), zero between sketches.
         high: float64 sums, as many, zero between sketches.
-        targets: by chunk, start, length and whether the sums are float64: kept, since to make views takes
-            longer than a short addition.
+        additions: to them.
     """
 
-    signs: Tensor
     bucket: Tensor
     low: Tensor
     high: Tensor
-    targets: dict[tuple[int, int, int, bool], _Target]
+    additions: Additions
 
 
 class CountSketch:
@@ -160,8 +81,6 @@ class CountSketch:
         self.seed = seed
         self._workspaces: dict[torch.device, _Workspace] = {}
         self._fused: dict[torch.device, Fused] = {}
-        self._offsets: list[int] = []
-        self._flips: list[float] = []
 
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
@@ -187,6 +106,9 @@ class CountSketch:
         pieces: Iterable[tuple[Tensor, int]],
         device: torch.device,
         stretches: Sequence[Stretch],
+        row: int = 0,
+        key: Hashable = None,
+        resident: frozenset[int] = frozenset(),
     ) -> tuple[Tensor, Tensor]:
         """The sketch, and the short ones of its blocks."""
         # taken away until the end: after an exception there would be remainders in the sums
@@ -194,10 +116,13 @@ class CountSketch:
         low, high = workspace.low, workspace.high
         reach, depth, before = 0, 0, -1
         tally = Tally(low, high, stretches)
-        additions = self._additions(pieces, workspace, tally.begins)
+        additions = iter(
+            workspace.additions.of(pieces, tally.begins, row=row, key=key, resident=resident)
+        )
         # several at a time, since an addition sweeps what makes the next one out of the cache
         while batch := list(islice(additions, BATCH)):
-            for part, (total, signs, flip, chunk, place, end, wide) in batch:
+            for addition in batch:
+                total, signs, flip, chunk, place, end, wide = addition.target
                 if place >= tally.end or tally.wide != wide:
                     tally.enter(place, wide)
                 if chunk != before:  # parts of one chunk go to different places
@@ -208,7 +133,7 @@ class CountSketch:
                         tally.flushed()
                         depth = 0
                     before, depth = chunk, depth + 1
-                total.addcmul_(part, signs, value=flip)
+                total.addcmul_(addition.values(), signs, value=flip)
                 reach = max(reach, end)
         tally.leave()
         total = high.narrow(0, 0, reach)
@@ -236,8 +161,9 @@ class CountSketch:
             stretches: where in each row which of its blocks lie, no piece in two of them; when left out
                 each row is one block.
             resident: addresses (`data_ptr`) of the storages that outlive this call. The kernel reads pieces
-                in them; others are sketched one by one.
-            key: when it equals the last call's, so does where the pieces are, and they are not asked for.
+                in them; others are sketched one by one, and asked for at each call.
+            key: when it equals the last call's, so do the stretches and where the pieces are, and those in
+                resident storages are not asked for.
 
         Returns:
             Sketches, float64, (len(rows), dim), and one after another the short ones of the blocks of all
@@ -255,7 +181,8 @@ class CountSketch:
         """
         stretches = stretches or [ONE_BLOCK] * len(rows)
         if not _has_kernel(device):
-            found = map(self._add_up, rows, repeat(device), stretches)
+            given = enumerate(zip(rows, stretches, strict=True))
+            found = [self._add_up(p, device, ends, n, key, resident) for n, (p, ends) in given]
             sketches, shares = zip(*found, strict=True)
             return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:
@@ -274,41 +201,6 @@ class CountSketch:
         """How many numbers there are of a block of `size` elements."""
         return WIDTH
 
-    def _additions(
-        self,
-        pieces: Iterable[tuple[Tensor, int]],
-        workspace: _Workspace,
-        begins: Collection[int],
-    ) -> Iterator[tuple[Tensor, _Target]]:
-        """The pieces as parts of chunks and where they go, none of them on both sides of a begin."""
-        for flat, place in _joined(pieces, begins):
-            chunk, start = divmod(place, CHUNK)
-            for part in _split(flat, CHUNK - start):
-                key = (chunk, start, part.numel(), part.dtype == torch.float64)
-                if key not in workspace.targets:
-                    workspace.targets[key] = self._target(workspace, *key)
-                yield part, workspace.targets[key]
-                chunk, start = chunk + 1, 0
-
-    def _target(
-        self, workspace: _Workspace, chunk: int, start: int, length: int, wide: bool
-    ) -> _Target:
-        if chunk >= len(self._offsets):
-            more = np.arange(len(self._offsets), 2 * chunk + 64)
-            self._offsets += chunk_offsets(more, self.seed).tolist()
-            self._flips += chunk_flips(more, self.seed).tolist()
-        # float64 parameters would lose what they are there for in a float32 sum
-        total = workspace.high if wide else workspace.low
-        return _Target(
-            total.narrow(0, start, length),
-            workspace.signs.narrow(0, self._offsets[chunk] + start, length),
-            self._flips[chunk],
-            chunk,
-            chunk * CHUNK + start,
-            start + length,
-            wide,
-        )
-
     def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
         if total.device.type == "cpu":
             folded = total.new_zeros(self.dim)
@@ -320,13 +212,10 @@ class CountSketch:
         signs, bucket = _host_tables(self.dim, self.seed)
         if device.type != "cpu":
             bucket = _gather_order(bucket, self.dim)
-        return _Workspace(
-            send(signs, device),
-            send(bucket, device),
-            torch.zeros(DEPTH * WIDTH, dtype=torch.float32, device=device),
-            torch.zeros(DEPTH * WIDTH, dtype=torch.float64, device=device),
-            {},
-        )
+        low = torch.zeros(DEPTH * WIDTH, dtype=torch.float32, device=device)
+        high = torch.zeros(DEPTH * WIDTH, dtype=torch.float64, device=device)
+        additions = Additions(send(signs, device), low, high, self.seed)
+        return _Workspace(send(bucket, device), low, high, additions)
 
     def __getstate__(self) -> dict[str, int]:
         return {"dim": self.dim, "seed": self.seed}
@@ -341,41 +230,6 @@ def _has_kernel(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _joined(
-    pieces: Iterable[tuple[Tensor, int]], begins: Collection[int]
-) -> Iterator[tuple[Tensor, int]]:
-    """The same vector with small neighbours copied together: one addition costs more than they do.
-
-    Not with what lies before one of the places in `begins`.
-    """
-    run: list[Tensor] = []
-    first, end = 0, -1
-    for flat, place in pieces:
-        size = flat.numel()
-        fits = place == end and size <= SMALL and end - first < CHUNK and place not in begins
-        if run and not (fits and flat.dtype == run[0].dtype):
-            yield torch.cat(run) if len(run) > 1 else run[0], first
-            run = []
-        if size > SMALL:
-            yield flat, place
-            continue
-        if not run:
-            first = place
-        run.append(flat)
-        end = place + size
-    if run:
-        yield torch.cat(run) if len(run) > 1 else run[0], first
-
-
-def _split(flat: Tensor, first: int) -> Sequence[Tensor]:
-    """Cut a piece where chunks begin: after `first` elements, and after each CHUNK from there."""
-    rest = flat.numel() - first
-    if rest <= 0:
-        return (flat,) if flat.numel() else ()
-    whole, left = divmod(rest, CHUNK)
-    return flat.split_with_sizes([first, *[CHUNK] * whole, *([left] if left else [])])
 
 
 def _gather_order(bucket: Tensor, dim: int) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gapaware.blocks import CHUNK
-from gapaware.sketch import chunk_flips, chunk_offsets
+from gapaware.hashing import chunk_flips, chunk_offsets
 
 Integers = npt.NDArray[np.int64]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gapaware.blocks import CHUNK, WIDTH
+from gapaware.hashing import chunk_flips, chunk_offsets, sign_table
 from gapaware.layout import MOST_BLOCKS, parts, rows
-from gapaware.sketch import CHUNKS_PER_FLUSH, CountSketch, chunk_flips, chunk_offsets, sign_table
+from gapaware.sketch import CHUNKS_PER_FLUSH, CountSketch
 
 CPU = torch.device("cpu")
 

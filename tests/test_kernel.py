@@ -15,7 +15,8 @@ import torch
 
 from gapaware import kernel, reference, sketch, worklist
 from gapaware.blocks import CHUNK, ONE_BLOCK, WIDTH
-from gapaware.sketch import CountSketch, buckets, sign_table
+from gapaware.hashing import buckets, sign_table
+from gapaware.sketch import CountSketch
 from gapaware.worklist import BLOCK, LANES, LONG, Piece, batches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

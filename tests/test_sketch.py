@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gapaware import reference
+from gapaware.hashing import buckets, sign_table
 from gapaware.identity import Identity
-from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, CountSketch, buckets, sign_table
+from gapaware.sketch import CHUNK, CHUNKS_PER_FLUSH, CountSketch
 
 DIM = 16_384
 
