@@ -28,9 +28,14 @@ COHERENT = 0.5
 LEAST_COHERENT_GROWTH = 1.3
 FEWEST_UPDATES = 6
 # where little can be lost
+CLOSE = 0.4
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
 LENGTHENING = 1.1
+NEAR = 0.2
+STEADY = 0.2
+STEADY_LEAP = 2.0
+STEADY_LIMIT = 4.0
 # by the loss
 PROBING = 1.16
 RETREAT = 0.9
@@ -61,6 +66,7 @@ def drift_law(observation: Observation) -> Decision:
         f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
                                                 within 40 % of where the run began, and no update has
                                                 lengthened yet: steps seem to be bounded by the optimizer
+        f · 2^n                                 likewise where c − s > 1/5, within 20 %, up to f = 4
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
@@ -71,7 +77,8 @@ def drift_law(observation: Observation) -> Decision:
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a fifth at a time
-    and does not leap again. With a pull towards the starting weights nothing leaps.
+    until the loss does, and may leap again to half of where that began. With a pull towards the starting
+    weights nothing leaps.
 
     Only coherence and leaps act before the window is full and the run has lasted for W + 1 thirds of the
     momentum's memory. f does not grow where a > 3, unless the loss stands still; nor while the schedule
@@ -107,12 +114,11 @@ def _decide(observation: Observation) -> Decision:
         return Decision(observation.scale, why, memory=memory)
     trend = trend or Trend()
     explored = int(memory.get("explored", 0))
-    if observation.scale > 1:
-        memory["explored"] = _explored(explored, trend)
+    memory |= _exploration(observation, trend)
     # by more than a learning rate explains: nothing bounds the steps of this optimizer
     lengthened = bool(memory.get("lengthened")) or motion.newest.growth >= LENGTHENING
     memory["lengthened"] = lengthened
-    hurry = trend.close and not lengthened and not observation.pull
+    hurry = not lengthened and not observation.pull
     factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
     limit = _limit(observation)
     if factor > 1 and warms_up:
@@ -173,8 +179,13 @@ def _wanted(
     factor, why = 1.0, "the window is filling"
     if motion.full:
         factor, why = _by_drift(observation, seen)
-    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
-    fast = _fast(coherence, hurry=hurry) ** thirds
+    certain = seen.mean - seen.doubt
+    leap = STEADY_LEAP**thirds
+    steady = hurry and certain > STEADY and trend.within(NEAR)
+    if steady and observation.scale < STEADY_LIMIT and leap > factor:
+        factor, why = leap, "steady drift while little is lost, grow fast"
+    coherence = min(certain, last.persistence, last.alignment)
+    fast = _fast(coherence, hurry=hurry and trend.within(CLOSE)) ** thirds
     if coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
@@ -182,9 +193,12 @@ def _wanted(
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
     if trend.lifted and explored < PATIENCE:
-        leap = 1.0 if observation.pull else LEAP**thirds
+        reach = float(observation.memory.get("reach", observation.max_scale)) / observation.scale
+        leap = 1.0 if observation.pull else max(1.0, min(LEAP**thirds, reach))
         return _on_the_first_plateau(trend, leap, factor, why)
     if trend.lost and explored and observation.scale > 1:
+        if trend.recovers:
+            return min(factor, 1.0), "the loss comes back to where it began, hold"
         return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
@@ -209,11 +223,17 @@ def _on_the_first_plateau(trend: Trend, leap: float, factor: float, why: str) ->
     return factor, why
 
 
-def _explored(explored: int, trend: Trend) -> int:
-    """Snapshots on the first plateau at a raised factor; all of the patience once the loss got lost."""
-    if explored and trend.lost:
-        return PATIENCE
-    return explored + 1 if trend.lifted and explored < PATIENCE else explored
+def _exploration(observation: Observation, trend: Trend) -> dict[str, float | bool]:
+    """Snapshots on the first plateau at a raised factor, and how far f may leap."""
+    memory, raised = observation.memory, observation.scale > 1
+    explored = int(memory.get("explored", 0))
+    reach = float(memory.get("reach", observation.max_scale))
+    lost = raised and explored > 0 and trend.lost
+    if lost and not memory.get("lost"):
+        reach = min(reach, max(1.0, SETBACK * observation.scale))
+    if raised and trend.lifted and explored < PATIENCE:
+        explored += 1
+    return {"explored": explored, "reach": reach, "lost": lost}
 
 
 def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:

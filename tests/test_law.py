@@ -16,6 +16,8 @@ from gapaware.law import (
     RECOVERY,
     RETREAT,
     RETURN,
+    STEADY_LEAP,
+    STEADY_LIMIT,
     STRIDE,
     WINDOW_GROWTH,
     drift_law,
@@ -345,13 +347,51 @@ def test_close_snapshots_at_first_and_no_drift_from_a_window_that_spans_too_litt
     assert drift_law(later).scale > 1.0
 
 
-def test_too_far_up_from_the_first_plateau_it_goes_back_for_good():
-    lost = {**trend(*(0.69 + NOISE), *np.linspace(0.7, 0.9, 12)), "explored": 5}
-    back = drift_law(observe(updates(0.0), scale=16.0, loss=0.9, memory=lost))
+def test_steady_drift_leaps_where_the_loss_has_hardly_fallen():
+    """Muon on a transformer: drift of a third for a hundred steps, and a loss that falls by a tenth."""
+    begun, fallen = trend(*np.linspace(3.7, 3.5, 8)), trend(*np.linspace(3.7, 2.9, 8))
+
+    def scale(x, memory, **more):
+        loss = memory["trend"]["recent"][-1]
+        return drift_law(observe(x, loss=loss, memory=memory, step=40, **more)).scale
+
+    steady = updates(0.7)[:8]
+    assert scale(steady, begun) == pytest.approx(STEADY_LEAP)
+    # as far as other signs have to tell whether more is too much
+    assert scale(steady, begun, scale=STEADY_LIMIT) == STEADY_LIMIT
+    for held in (
+        scale(steady, fallen),
+        scale(steady, begun, pull=0.01),
+        scale(steady * np.linspace(1.0, 1.5, 8)[:, None], begun),
+        scale(updates(0.4)[:8], begun),
+        drift_law(observe(steady, step=40)).scale,
+    ):
+        assert held == 1.0
+
+
+def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_far():
+    up = trend(*(0.69 + NOISE), *np.linspace(0.7, 0.9, 12))
+    lost = observe(updates(0.0), scale=16.0, loss=0.9, memory={**up, "explored": 5})
+    back = drift_law(lost)
     assert back.scale == pytest.approx(16.0 * RETURN)
-    assert back.memory["explored"] == PATIENCE
-    again = {**trend(*(0.69 + NOISE)), "explored": back.memory["explored"]}
-    assert drift_law(observe(updates(0.0), loss=0.69, memory=again)).scale <= PROBING
+    # half of where it began, however long it takes
+    lost = observe(updates(0.0), scale=back.scale, loss=0.91, memory=back.memory)
+    again = drift_law(lost)
+    assert again.scale == pytest.approx(16.0 * RETURN**2)
+    assert back.memory["reach"] == again.memory["reach"] == 8.0
+    # no further down than it takes the loss to come back
+    known = {name: again.memory[name] for name in ("explored", "reach", "lost")}
+    recovering = trend(*(0.69 + NOISE), *np.linspace(0.9, 0.8, 12))
+    held = drift_law(observe(updates(0.4), scale=6.0, loss=0.79, memory={**recovering, **known}))
+    assert held.scale == 6.0
+    assert "comes back" in held.why
+    there = {**trend(*(0.69 + NOISE)), **known}
+    for before, after in ((3.0, 6.0), (6.0, 8.0), (8.0, 8.0)):
+        leap = drift_law(observe(updates(0.0), scale=before, loss=0.69, memory=there))
+        assert leap.scale == pytest.approx(after)
+    # and a second time half of that
+    lost = observe(updates(0.0), scale=8.0, loss=0.9, memory={**up, **known, "lost": False})
+    assert drift_law(lost).memory["reach"] == 4.0
 
 
 def test_a_loss_that_had_fallen_and_came_back_is_not_the_first_plateau():
