@@ -28,14 +28,9 @@ COHERENT = 0.5
 LEAST_COHERENT_GROWTH = 1.3
 FEWEST_UPDATES = 6
 # where little can be lost
-CLOSE = 0.4
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
 LENGTHENING = 1.1
-NEAR = 0.2
-STEADY = 0.2
-STEADY_LEAP = 2.0
-STEADY_LIMIT = 4.0
 # by the loss
 PROBING = 1.16
 RETREAT = 0.9
@@ -66,7 +61,6 @@ def drift_law(observation: Observation) -> Decision:
         f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
                                                 within 40 % of where the run began, and no update has
                                                 lengthened yet: steps seem to be bounded by the optimizer
-        f · 2^n                                 likewise where c − s > 1/5, within 20 %, up to f = 4
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
@@ -118,7 +112,7 @@ def _decide(observation: Observation) -> Decision:
     # by more than a learning rate explains: nothing bounds the steps of this optimizer
     lengthened = bool(memory.get("lengthened")) or motion.newest.growth >= LENGTHENING
     memory["lengthened"] = lengthened
-    hurry = not lengthened and not observation.pull
+    hurry = trend.close and not lengthened and not observation.pull
     factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
     limit = _limit(observation)
     if factor > 1 and warms_up:
@@ -179,13 +173,8 @@ def _wanted(
     factor, why = 1.0, "the window is filling"
     if motion.full:
         factor, why = _by_drift(observation, seen)
-    certain = seen.mean - seen.doubt
-    leap = STEADY_LEAP**thirds
-    steady = hurry and certain > STEADY and trend.within(NEAR)
-    if steady and observation.scale < STEADY_LIMIT and leap > factor:
-        factor, why = leap, "steady drift while little is lost, grow fast"
-    coherence = min(certain, last.persistence, last.alignment)
-    fast = _fast(coherence, hurry=hurry and trend.within(CLOSE)) ** thirds
+    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
+    fast = _fast(coherence, hurry=hurry) ** thirds
     if coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:

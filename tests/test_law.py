@@ -16,8 +16,6 @@ from gapaware.law import (
     RECOVERY,
     RETREAT,
     RETURN,
-    STEADY_LEAP,
-    STEADY_LIMIT,
     STRIDE,
     WINDOW_GROWTH,
     drift_law,
@@ -345,28 +343,6 @@ def test_close_snapshots_at_first_and_no_drift_from_a_window_that_spans_too_litt
     later = observe(updates(0.5), spans=np.full(W + 1, 2.0), step=60)
     assert drift_law(later).interval == 5
     assert drift_law(later).scale > 1.0
-
-
-def test_steady_drift_leaps_where_the_loss_has_hardly_fallen():
-    """Muon on a transformer: drift of a third for a hundred steps, and a loss that falls by a tenth."""
-    begun, fallen = trend(*np.linspace(3.7, 3.5, 8)), trend(*np.linspace(3.7, 2.9, 8))
-
-    def scale(x, memory, **more):
-        loss = memory["trend"]["recent"][-1]
-        return drift_law(observe(x, loss=loss, memory=memory, step=40, **more)).scale
-
-    steady = updates(0.7)[:8]
-    assert scale(steady, begun) == pytest.approx(STEADY_LEAP)
-    # as far as other signs have to tell whether more is too much
-    assert scale(steady, begun, scale=STEADY_LIMIT) == STEADY_LIMIT
-    for held in (
-        scale(steady, fallen),
-        scale(steady, begun, pull=0.01),
-        scale(steady * np.linspace(1.0, 1.5, 8)[:, None], begun),
-        scale(updates(0.4)[:8], begun),
-        drift_law(observe(steady, step=40)).scale,
-    ):
-        assert held == 1.0
 
 
 def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_far():
