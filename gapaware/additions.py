@@ -4,7 +4,7 @@ On the CPU an addition of a few thousand numbers takes less time than to find ou
 that can be kept between snapshots is.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,16 +81,13 @@ class Additions:
         self._flips: list[float] = []
         # by place, length and whether they are float64
         self._targets: dict[tuple[int, int, bool], Target] = {}
-        self._key: Hashable = None
         self._kept: dict[int, list[Addition]] = {}
 
     def of(
         self,
         pieces: Iterable[tuple[Tensor, int]],
         begins: Collection[int],
-        *,
-        row: int = 0,
-        key: Hashable = None,
+        row: int | None = None,
         resident: Collection[int] = (),
     ) -> Iterable[Addition]:
         """Cut pieces where chunks begin, and put small neighbours together.
@@ -98,22 +95,23 @@ class Additions:
         Args:
             pieces: pairs (flat real tensor, place of its first element in the vector).
             begins: places before and after which parts are not put together.
-            row: number of the vector.
-            key: as long as it is the last call's, so is all else of each row, and its additions are those
-                of then; None to make them in any case.
+            row: number of the vector, whose additions are those of the last time until `forget`; None to
+                make them in any case.
             resident: addresses (`data_ptr`) of the storages that outlive the snapshot. What lies elsewhere
                 is a copy, and to keep them all could take as much memory as the model.
 
         Returns:
             The additions, in the order of the pieces, new ones made when they are asked for.
         """
-        if key is None:
+        if row is None:
             return self._made(pieces, begins)
-        if key != self._key:
-            self._key, self._kept = key, {}
         if row in self._kept:
             return self._kept[row]
         return self._noted(row, self._made(pieces, begins), resident)
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self._kept.clear()
 
     def _made(
         self, pieces: Iterable[tuple[Tensor, int]], begins: Collection[int]

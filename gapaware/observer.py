@@ -2,12 +2,9 @@
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +15,7 @@ from gapaware.distributed import Sharing, Unsupported, is_dtensor, refuse, shari
 from gapaware.identity import Identity
 from gapaware.risk import Start
 from gapaware.scaling import Scales
+from gapaware.sighting import Conditions, Sighting, column
 from gapaware.sketch import CountSketch
 from gapaware.transfer import Transfer, send
 from gapaware.window import Window
@@ -30,105 +28,12 @@ class NotFinite(ValueError):
     """NaN or infinity in a snapshot; ranks that share a sketch all find it at the same step."""
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Under what an update was made.
-
-    Attributes:
-        mean_lrs: lr of each row before scaling, (rows,), perhaps on its way to the host.
-        scales: factor on it.
-        span: optimizer steps.
-    """
-
-    mean_lrs: Transfer
-    scales: tuple[float, ...]
-    span: int
-
-    @cached_property
-    def lrs(self) -> tuple[float, ...]:
-        """Mean lr of each row before scaling."""
-        return tuple(self.mean_lrs.result().tolist())
-
-    def as_list(self) -> list[Any]:
-        """Plain lists and numbers, for a state dict."""
-        return [list(self.lrs), list(self.scales), self.span]
-
-    @classmethod
-    def from_list(cls, values: list[Any]) -> "Conditions":
-        """The conditions that `as_list` described."""
-        lrs, scales, span = values
-        mean_lrs = Transfer(_column([float(lr) for lr in lrs]))
-        return cls(mean_lrs, tuple(map(float, scales)), int(span))
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """A snapshot, with its Gram matrices still on their way to the host.
-
-    Attributes:
-        step: optimizer steps made when it was taken.
-        names: of the rows.
-        groups: parameter group of each row.
-        gram: inner products, (2, 2, rows, n, n) as in `Window.gram`.
-        conditions: of the n updates, the oldest first.
-        separable: for each row, whether its weight decay is known.
-        squared_norms: ‖θ‖² of each row when it was taken, (rows,); None where a state did not have them.
-        risk: of forgetting, a number as in `Start.risk`; None where the start is not known.
-    """
-
-    step: int
-    names: tuple[str, ...]
-    groups: tuple[int, ...]
-    gram: Transfer
-    conditions: tuple[Conditions, ...]
-    separable: tuple[bool, ...]
-    squared_norms: Transfer | None = None
-    risk: Transfer | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
-        norms = self.squared_norms
-        return {
-            "step": self.step,
-            "names": list(self.names),
-            "groups": list(self.groups),
-            "gram": self.gram.result().clone(),
-            "conditions": [condition.as_list() for condition in self.conditions],
-            "separable": list(self.separable),
-            "squared_norms": None if norms is None else norms.result().tolist(),
-            "risk": None if self.risk is None else float(self.risk.result()),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Sighting":
-        """The sighting that `state_dict` described."""
-        rows, updates = len(state["names"]), len(state["conditions"])
-        if not (
-            len(state["groups"]) == len(state["separable"]) == rows
-            and state["gram"].shape == (2, 2, rows, updates, updates)
-        ):
-            raise ValueError("the parts of a sighting do not fit together")
-        # until 0.1.0 there was neither
-        risk, norms = state.get("risk"), state.get("squared_norms")
-        if norms is not None and len(norms) != rows:
-            raise ValueError("the parts of a sighting do not fit together")
-        return cls(
-            step=int(state["step"]),
-            names=tuple(map(str, state["names"])),
-            groups=tuple(map(int, state["groups"])),
-            gram=Transfer(state["gram"].to("cpu", torch.float64)),
-            conditions=tuple(map(Conditions.from_list, state["conditions"])),
-            separable=tuple(map(bool, state["separable"])),
-            squared_norms=None if norms is None else Transfer(_column(list(map(float, norms)))),
-            risk=None if risk is None else Transfer(_column([float(risk)])[0]),
-        )
-
-
 class Observer:
     """Sketches the parameters at each snapshot and keeps the window of their differences.
 
-    No parameter is kept between calls: FSDP2 and accelerate swap them under the optimizer. When the set
-    of trainable parameters changes the window starts anew.
+    FSDP2 and accelerate swap parameters under the optimizer, so they are looked up at each call, and what
+    the sketch keeps of where they lie goes as soon as one has moved. When the set of trainable parameters
+    changes the window starts anew.
 
     Where parameters are sharded, every rank calls `start` and `look` at the same steps, and each call adds
     the ranks' sketches up once, even when a rank could not compute its own: it then adds NaN, and all ranks
@@ -281,9 +186,9 @@ class Observer:
         now, shares = self._snapshot(rows)
         last = send(self._last, now.device)
         self._window.to(now.device)
-        rates = _column([0.0 if rate is None else rate for rate in self._rates])
+        rates = column([0.0 if rate is None else rate for rate in self._rates])
         self._window.push(now - last, now, send(rates, now.device))
-        lrs = Transfer(_column([total / max(self._span, 1) for total in self._lr_sums]))
+        lrs = Transfer(column([total / max(self._span, 1) for total in self._lr_sums]))
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
         self._last, self._span = now, 0
@@ -432,17 +337,6 @@ def _by_group(entries: Iterable[tuple[Any, ...]]) -> dict[str, tuple[int, int]]:
 def _blocks(rows: Sequence[layout.Row]) -> tuple[layout.BlockSignature, ...]:
     """Of all rows, in order."""
     return tuple(block for row in rows for block in row.blocks)
-
-
-def _column(values: Sequence[float | Tensor]) -> Tensor:
-    """Numbers as a float64 tensor, on the device of those that are tensors; on the host if none is."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return torch.from_numpy(np.array(values, dtype=np.float64))
-    like = tensors[0]
-    return torch.stack(
-        [v.to(like) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
-    )
 
 
 def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from gapaware.observer import Sighting
 from gapaware.scaling import Scales
+from gapaware.sighting import Sighting
 from gapaware.steering import Outcome
 
 

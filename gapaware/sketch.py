@@ -81,6 +81,7 @@ class CountSketch:
         self.seed = seed
         self._workspaces: dict[torch.device, _Workspace] = {}
         self._fused: dict[torch.device, Fused] = {}
+        self._key: Hashable = None
 
     def __call__(
         self, pieces: Iterable[tuple[Tensor, int]], device: torch.device | None = None
@@ -106,8 +107,7 @@ class CountSketch:
         pieces: Iterable[tuple[Tensor, int]],
         device: torch.device,
         stretches: Sequence[Stretch],
-        row: int = 0,
-        key: Hashable = None,
+        row: int | None = None,
         resident: frozenset[int] = frozenset(),
     ) -> tuple[Tensor, Tensor]:
         """The sketch, and the short ones of its blocks."""
@@ -116,9 +116,7 @@ class CountSketch:
         low, high = workspace.low, workspace.high
         reach, depth, before = 0, 0, -1
         tally = Tally(low, high, stretches)
-        additions = iter(
-            workspace.additions.of(pieces, tally.begins, row=row, key=key, resident=resident)
-        )
+        additions = iter(workspace.additions.of(pieces, tally.begins, row, resident))
         # several at a time, since an addition sweeps what makes the next one out of the cache
         while batch := list(islice(additions, BATCH)):
             for addition in batch:
@@ -180,9 +178,15 @@ class CountSketch:
             (torch.Size([2, 64]), [1.0, 2.0, 3.0])
         """
         stretches = stretches or [ONE_BLOCK] * len(rows)
+        if key is None or key != self._key:
+            # on every device, since what has moved may have left one
+            for workspace in self._workspaces.values():
+                workspace.additions.forget()
+            self._key = key
         if not _has_kernel(device):
-            given = enumerate(zip(rows, stretches, strict=True))
-            found = [self._add_up(p, device, ends, n, key, resident) for n, (p, ends) in given]
+            numbers = [None] * len(rows) if key is None else range(len(rows))
+            given = zip(rows, stretches, numbers, strict=True)
+            found = [self._add_up(p, device, ends, row, resident) for p, ends, row in given]
             sketches, shares = zip(*found, strict=True)
             return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:

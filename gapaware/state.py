@@ -12,7 +12,8 @@ from gapaware.anchor import Anchor
 from gapaware.delegation import Delegating, all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
-from gapaware.observer import Observer, Sighting
+from gapaware.observer import Observer
+from gapaware.sighting import Sighting
 from gapaware.steering import Steering
 from gapaware.transfer import Transfer
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gapaware.controller import Controller, Decision, Observation, action, as_decision, plain
-from gapaware.observer import Sighting
 from gapaware.scaling import NEUTRAL, Scales
+from gapaware.sighting import Sighting
 from gapaware.spectrum import Array, Spectrum, spectrum
 from gapaware.window import DECAY, UPDATE
 

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,18 @@ def test_parameters_may_move_between_snapshots(move):
     fresh = GapAware(torch.optim.SGD(parameters, lr=0.1), interval=1, sketch_dim=DIM)
     fresh.step()
     assert torch.equal(last_sketch(optimizer), last_sketch(fresh))
+
+
+def test_nothing_is_kept_of_what_has_moved():
+    """A model that goes to another device would stay in the memory of this one as well."""
+    sketch, memory = CountSketch(DIM, 0), np.ones(1000)
+    x, held = torch.from_numpy(memory), weakref.ref(memory)
+    del memory
+    sketch.rows([[(x, 0)]], CPU, resident=storages(x), key="here")
+    x = torch.randn(1000)
+    assert held() is not None
+    sketch.rows([[(x, 0)]], CPU, resident=storages(x), key="there")
+    assert held() is None
 
 
 def test_what_is_kept_goes_with_the_optimizer():
