@@ -405,8 +405,11 @@ class GapAware(Resumable):
 
     def _fault(self, doing: str, error: Exception) -> None:
         """Go on as the wrapped optimizer alone would, and say so."""
-        self._steering.release(keep_memory=not self._is_shared())
-        if not isinstance(error, ControllerFault):
+        decided = isinstance(error, ControllerFault)
+        # a controller that fails twice in a row may do so for what it remembers
+        again = decided and len(self.history) > 0 and self.history[-1]["decision"] == "fault"
+        self._steering.release(keep_memory=not again and not self._is_shared())
+        if not decided:
             self._observer.restart()
         self._pending = None
         self._metrics = Means()

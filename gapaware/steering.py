@@ -78,8 +78,8 @@ class Steering:
         """Take every factor off, until the controller sets one again.
 
         Args:
-            keep_memory: of the controller. Not where ranks have to agree: the one that had the fault may
-                remember something else.
+            keep_memory: of the controller. Not where ranks have to agree, since the one that had the fault
+                may remember something else, nor where it may be what the fault comes from.
         """
         self._scales = {}
         if not keep_memory:

@@ -154,6 +154,37 @@ def test_a_controllers_memory_comes_back_plain_and_saved():
     assert memory == {"count": 4, "last": 0.5, "all": [1, [2]]}
 
 
+@pytest.mark.parametrize("mode", ["auto", "retain"])
+def test_a_law_whose_memory_was_damaged_starts_afresh(mode):
+    """A checkpoint that was edited, or written by another version: not a fault at every snapshot."""
+    params, optimizer = build(mode=mode, max_scale=4.0, interval=5)
+    run(optimizer, params, 100)
+    state = optimizer.state_dict()
+    memory = state["gapaware"]["steering"]["memory"]["all"]
+    memory["trend"] = memory["highest_lr"] = "damaged"
+    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="a snapshot: ControllerFault"):
+        run(optimizer, params, range(100, 200))
+    assert len(faults(optimizer)) == 2
+    assert optimizer.history[-1]["decision"] != "fault"
+
+
+def test_a_controller_keeps_its_memory_through_a_single_fault():
+    seen_memories = []
+
+    def controller(seen):
+        seen_memories.append(seen.memory)
+        if len(seen_memories) in (3, 6, 7):
+            raise ZeroDivisionError
+        return Decision(1.0, memory={"count": seen.memory.get("count", 0) + 1})
+
+    params, optimizer = build(controller=controller)
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        run(optimizer, params, 40)
+    counts = [memory.get("count", 0) for memory in seen_memories]
+    assert counts[:9] == [0, 1, 2, 2, 3, 4, 4, 0, 1]
+
+
 def test_factors_stay_within_what_the_user_allows():
     params, optimizer = build(controller=lambda seen: 10.0 ** (seen.step % 13 - 6), max_scale=3.0)
     run(optimizer, params, 60)
