@@ -4,10 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from gapaware.checkpoint import OwnState
 from gapaware.composite import Composite, muon
-from gapaware.consolidate import Consolidation, consolidate, starting_weights
+from gapaware.consolidate import Consolidation, consolidate
 from gapaware.controller import Controller, Decision, Observation
 from gapaware.distillation import Distillation
 from gapaware.distributed import Unsupported
+from gapaware.line import starting_weights
 from gapaware.optimizer import GapAware
 from gapaware.scrambled import scrambled
 from gapaware.spectrum import Spectrum

@@ -13,9 +13,8 @@ what is asked for, from new-task validation alone.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware.arguments import integer, positive
-from gapaware.distributed import Unsupported, is_dtensor, sharing
+from gapaware.distributed import sharing
+from gapaware.line import AnchorWeights, Line
 
-AnchorWeights = Mapping[str, Tensor] | nn.Module
 Evaluate = Callable[[nn.Module], float | Tensor]
 
 RESOLUTION = 0.01  # of the share: what lies between changes neither skill by much
@@ -187,33 +186,6 @@ def consolidate(
     return Consolidation(share, loss, reference, end, (reference - loss) / gain, tuple(tried))
 
 
-def starting_weights(
-    model: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Copy what training may change, to be an anchor later.
-
-    Args:
-        model: before training.
-        device: where the copies go; "cpu" costs no memory of the GPU.
-        dtype: of the copies, such as torch.bfloat16 for half the memory; by default the tensors' own.
-
-    Returns:
-        The trainable parameters and the floating-point buffers, by their names in the state dict;
-        tied ones once. Of DTensors the local shard, as a DTensor.
-
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> _ = layer.bias.requires_grad_(False)
-        >>> list(starting_weights(layer))
-        ['weight']
-    """
-    return {
-        names[0]: tensor.detach().to(device, dtype, copy=True)
-        for names, tensor in _tensors(model)
-        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-    }
-
-
 def smallest(keeps: Callable[[float], bool], evaluations: int) -> float:
     """The smallest number in (0, 1] that was found to keep, where 1 does and 0 does not.
 
@@ -230,175 +202,6 @@ def smallest(keeps: Callable[[float], bool], evaluations: int) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
     return high
-
-
-def between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """Start + share·(end − start), rounded once.
-
-    Args:
-        start: on any device; elements of `end` that equal it when rounded to its dtype stay.
-        end: of the same shape; its device and dtype are the result's.
-        share: 0 to 1; at 1 the result is `end`, bit for bit.
-
-    Example:
-        >>> between(torch.zeros(2), torch.tensor([1.0, 4.0]), 0.25)
-        tensor([0.2500, 1.0000])
-    """
-    wide = torch.promote_types(end.dtype, torch.float32)
-    far = end.to(wide)
-    near = start.to(end.device, wide)
-    moved = torch.lerp(near, far, share)
-    # also where both are infinite, as in masks
-    return torch.where(end.to(start.dtype).to(wide) == near, far, moved).to(end.dtype)
-
-
-@dataclass(frozen=True)
-class Track:
-    """A tensor of the model, and its two ends.
-
-    Attributes:
-        place: the model's own elements, written in place.
-        start: of the anchor.
-        end: the copy of what was trained.
-        fresh: whether it stays as trained.
-    """
-
-    place: Tensor
-    start: Tensor
-    end: Tensor
-    fresh: bool
-
-
-class Line:
-    """The straight line from an anchor to a trained model; leaving it by an exception goes to its end.
-
-    Args:
-        model, anchor, fresh, storage_device: as for `consolidate`.
-
-    Attributes:
-        has_fresh_start: whether the anchor has values for `fresh` tensors.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        anchor: AnchorWeights,
-        fresh: Sequence[str] = (),
-        storage_device: torch.device | str | None = None,
-    ) -> None:
-        pairs = matched(model, anchor, fresh)
-        self.parameters = [p for p, _, _ in pairs]
-        self.has_fresh_start = any(fresh for _, _, fresh in pairs)
-        self._sharded = _fully_sharded(model)
-        self._tracks = []
-        shared = False
-        for tensor, start, is_fresh in pairs:
-            place, start = _local(tensor), _local(start)
-            shared |= place.numel() > 0 and place.data_ptr() == start.data_ptr()
-            if not torch.equal(between(start, place, 0.0), place):
-                end = place.to(storage_device or place.device, copy=True)
-                self._tracks.append(Track(place, start, end, is_fresh))
-        if shared and not self._tracks:
-            raise ValueError(
-                "anchor: it is the model's own memory, not a copy, so that training has changed it too; "
-                "before training take anchor = gapaware.starting_weights(model)"
-            )
-
-    def go(self, share: float, fresh: float = 1.0) -> None:
-        """Put the model at a share of the way, and what is `fresh` at its own."""
-        for module in self._sharded:
-            module.reshard()  # else its next forward pass would use weights gathered before
-        for track in self._tracks:
-            at = fresh if track.fresh else share
-            where = track.place.device
-            track.place.copy_(
-                track.end if at == 1 else between(track.start, track.end.to(where), at)
-            )
-
-    def __enter__(self) -> Line:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.go(1.0)
-
-
-def matched(
-    model: nn.Module, anchor: AnchorWeights, fresh: Sequence[str] = ()
-) -> list[tuple[Tensor, Tensor, bool]]:
-    """Pair the tensors of a model with those of an anchor.
-
-    Returns:
-        Triples (the model's own tensor, the anchor's, whether it is `fresh`), tied tensors once.
-
-    Raises:
-        ValueError, Unsupported: as `consolidate`.
-    """
-    if isinstance(fresh, str):
-        raise TypeError(f"fresh={fresh!r}: pass a sequence of names, such as fresh=[{fresh!r}]")
-    start = anchor.state_dict() if isinstance(anchor, nn.Module) else anchor
-    if not isinstance(start, Mapping):
-        raise TypeError(f"anchor={type(anchor).__name__}: pass a state dict or a module")
-    unknown, pairs, missing = set(fresh), [], []
-    for names, tensor in _tensors(model):
-        mine = {prefix for prefix in fresh if any(name.startswith(prefix) for name in names)}
-        unknown -= mine
-        found = next((name for name in names if name in start), None)
-        if found is not None:
-            _refuse(found, tensor, start[found])
-            pairs.append((tensor, start[found], bool(mine)))
-        elif not mine and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
-            missing.append(names[0])
-    if unknown:
-        raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
-    if missing:
-        raise ValueError(
-            f"anchor: it lacks {_some(missing)} of the model and has {_some(list(start))}; if the names "
-            "differ by a prefix, pass the model inside the wrapper (DDP: model.module), and name in "
-            "`fresh` what had no start"
-        )
-    return pairs
-
-
-def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """The floating-point and complex tensors in a state dict, each with all its names."""
-    named: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-            named.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(named.values())
-
-
-def _refuse(name: str, tensor: Tensor, start: Tensor) -> None:
-    if tensor.is_meta or hasattr(tensor, "ds_id") or getattr(tensor, "_fsdp_flattened", False):
-        raise Unsupported(
-            f"model: the elements of {name} are not in its tensor (meta device, DeepSpeed ZeRO-3 or "
-            "FSDP1); gather the model first, or shard it with torch.distributed.fsdp.fully_shard"
-        )
-    if tensor.shape != start.shape:
-        raise ValueError(
-            f"anchor[{name!r}] has the shape {tuple(start.shape)}, the model's {tuple(tensor.shape)}; "
-            "pass the weights that this model started from, or name it in `fresh` and leave it out"
-        )
-    alike = is_dtensor(tensor) == is_dtensor(start)
-    if alike and is_dtensor(tensor) and is_dtensor(start):
-        alike = (tensor.device_mesh, tensor.placements) == (start.device_mesh, start.placements)
-    if not alike:
-        raise Unsupported(
-            f"anchor[{name!r}] is not sharded as the model's; take the anchor after sharding and "
-            "before training: gapaware.starting_weights(model)"
-        )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def _fully_sharded(model: nn.Module) -> list[Any]:
-    # where nobody has imported the module there are none
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return [module for module in model.modules() if kind and isinstance(module, kind)]
 
 
 def _agreed(line: Line, replicas: tuple[int, ...]) -> Callable[[float], float]:
@@ -421,10 +224,6 @@ def _number(loss: Any) -> float:
             f"evaluate returned {type(loss).__name__}: return one number, the validation loss"
         )
     return float(loss)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 @contextmanager

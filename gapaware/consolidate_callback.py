@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gapaware.consolidate import (
-    AnchorWeights,
-    Consolidation,
-    Evaluate,
-    consolidate,
-    matched,
-    starting_weights,
-)
+from gapaware.consolidate import Consolidation, Evaluate, consolidate
 from gapaware.distributed import alone
+from gapaware.line import AnchorWeights, matched, starting_weights
 
 try:
     from transformers import (

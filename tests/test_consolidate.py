@@ -21,8 +21,9 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrize
 
 from gapaware import Consolidation, consolidate, starting_weights
-from gapaware.consolidate import RESOLUTION, Line, between
+from gapaware.consolidate import RESOLUTION
 from gapaware.distributed import Unsupported
+from gapaware.line import Line, between
 
 
 def one_weight(value: float, dtype: torch.dtype = torch.float32) -> nn.Linear:
