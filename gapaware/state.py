@@ -4,34 +4,32 @@ import warnings
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gapaware import arguments
 from gapaware.anchor import Anchor
-from gapaware.delegation import Delegating, all_or_nothing
+from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
 from gapaware.sighting import Sighting
 from gapaware.steering import Steering
 from gapaware.transfer import Transfer
+from gapaware.wrapper import Wrapper
 
 STATE_VERSION = 1
 
 
-class Resumable(Delegating):
+class Resumable(Wrapper):
     """The part of `GapAware` that saves and restores; the attributes here are all that is saved.
 
     A state is built aside first and put in place at once, so that a damaged one changes nothing.
 
     Attributes:
-        base: the wrapped optimizer.
         history: records of the snapshots.
         seconds: time spent beside the steps of `base`.
     """
 
-    base: torch.optim.Optimizer
     history: History
     seconds: float
     _steps: int
