@@ -346,19 +346,17 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
         What is equal as long as they lie where they did, in memory and in the rows, or None where that
         cannot be told; and the addresses of their storages.
     """
-    key: list[Hashable] = [row.blocks for row in rows]
-    addresses = set()
-    plain = True
-    for row in rows:
-        for parameter in row.parameters:
-            held = parameter
-            if is_dtensor(parameter):
-                held = parameter.to_local()
-                key.append((parameter.shape, parameter.placements, parameter.device_mesh))
-            plain = plain and type(held) in _PLAIN
-            storage = held.untyped_storage()
-            addresses.add(storage.data_ptr())
-            # the storage itself, since where one was freed there may be another
-            key.append((storage._cdata, held.data_ptr(), held.device, held.dtype))
-            key.append((held.shape, held.stride()))
-    return tuple(key) if plain else None, frozenset(addresses)
+    parameters = [parameter for row in rows for parameter in row.parameters]
+    held = [p.to_local() if is_dtensor(p) else p for p in parameters]
+    storages = [tensor.untyped_storage() for tensor in held]
+    addresses = [storage.data_ptr() for storage in storages]
+    key: tuple[Hashable, ...] = (
+        *(row.blocks for row in rows),
+        *addresses,
+        # the storage itself, since where one was freed there may be another
+        *(storage._cdata for storage in storages),
+        *((t.dtype, t.storage_offset(), t.shape, t.stride()) for t in held),
+        *((p.shape, p.placements, p.device_mesh) for p in parameters if is_dtensor(p)),
+    )
+    known = all(type(tensor) in _PLAIN for tensor in held)
+    return key if known else None, frozenset(addresses)
