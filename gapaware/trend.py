@@ -16,8 +16,8 @@ import numpy as np
 FLAT = 0.015
 # still on the plateau where the run began: above it by less than this
 LIFT = 0.06
-# close to where the run began, and near: little to lose
-CLOSE, NEAR = 0.4, 0.2
+# close to where the run began: little to lose
+CLOSE = 0.4
 NEWEST = 3
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
@@ -100,12 +100,13 @@ class Trend:
         change, error = self._since_the_start()
         return abs(change) + error < FLAT
 
-    def within(self, share: float) -> bool:
-        """Whether the newest losses are within a share of the loss where the run began: little to lose."""
+    @property
+    def close(self) -> bool:
+        """Whether the newest losses are within 40 % of where the run began: little to lose."""
         if not self.means:
             return False
         newest = fmean(self.recent[-NEWEST:])
-        return abs(newest - self.means[0]) < share * abs(self.means[0])
+        return abs(newest - self.means[0]) < CLOSE * abs(self.means[0])
 
     @property
     def lifted(self) -> bool:

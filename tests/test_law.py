@@ -16,7 +16,6 @@ from gapaware.law import (
     RECOVERY,
     RETREAT,
     RETURN,
-    STEADY_GROWTH,
     STRIDE,
     WINDOW_GROWTH,
     drift_law,
@@ -344,29 +343,6 @@ def test_close_snapshots_at_first_and_no_drift_from_a_window_that_spans_too_litt
     later = observe(updates(0.5), spans=np.full(W + 1, 2.0), step=60)
     assert drift_law(later).interval == 5
     assert drift_law(later).scale > 1.0
-
-
-def test_steady_drift_grows_faster_where_the_loss_has_hardly_fallen():
-    """Muon on a transformer: a drift of a third for a hundred steps, and a loss that falls by a tenth."""
-    begun, fallen = trend(*np.linspace(3.7, 3.4, 20)), trend(*np.linspace(3.7, 2.9, 20))
-
-    def scale(x, memory, **more):
-        loss = memory["trend"]["recent"][-1]
-        return drift_law(observe(x, loss=loss, memory=memory, **more)).scale
-
-    steady = updates(0.7)
-    assert scale(steady, begun) == pytest.approx(STEADY_GROWTH)
-    lengthening = steady * np.linspace(1.0, 1.5, W + 1)[:, None]
-    for usual in (
-        scale(steady, fallen),
-        scale(steady, begun, pull=0.01),
-        scale(lengthening, begun),
-        scale(updates(0.45), begun),
-        drift_law(observe(steady)).scale,
-    ):
-        assert 1.0 < usual <= GROWTH + 1e-9
-    # a window that spans too little says nothing yet
-    assert scale(steady, begun, step=40) == 1.0
 
 
 def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_far():
