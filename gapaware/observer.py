@@ -347,7 +347,8 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
         cannot be told; and the addresses of their storages.
     """
     parameters = [parameter for row in rows for parameter in row.parameters]
-    held = [p.to_local() if is_dtensor(p) else p for p in parameters]
+    everything = [p.to_local() if is_dtensor(p) else p for p in parameters]
+    held = [tensor for tensor in everything if type(tensor) in _PLAIN]
     storages = [tensor.untyped_storage() for tensor in held]
     addresses = [storage.data_ptr() for storage in storages]
     key: tuple[Hashable, ...] = (
@@ -358,5 +359,4 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
         *((t.dtype, t.storage_offset(), t.shape, t.stride()) for t in held),
         *((p.shape, p.placements, p.device_mesh) for p in parameters if is_dtensor(p)),
     )
-    known = all(type(tensor) in _PLAIN for tensor in held)
-    return key if known else None, frozenset(addresses)
+    return key if len(held) == len(everything) else None, frozenset(addresses)

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from gapaware import GapAware
 from gapaware.additions import SMALL
@@ -140,3 +141,39 @@ def test_what_is_kept_goes_with_the_optimizer():
     del optimizer, parameter
     gc.collect()
     assert gone() is None
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without a storage of its own, as quantized and sharded parameters of other packages are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def bare(value):
+            return value.inner if isinstance(value, Wrapped) else value
+
+        out = func(*tree_map(bare, args), **tree_map(bare, kwargs or {}))
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(out)
+        return out
+
+
+@torch.no_grad()
+def test_parameters_without_a_storage_are_read_each_time():
+    inner, plain = torch.randn(50), torch.nn.Parameter(torch.randn(20))
+    parameter = torch.nn.Parameter(Wrapped(inner))
+    optimizer = GapAware(torch.optim.SGD([parameter, plain], lr=0.1), interval=1, sketch_dim=DIM)
+    for _ in range(4):
+        inner.mul_(1.01)
+        optimizer.step()
+    assert all(record["decision"] != "fault" for record in optimizer.history)
+    bare = [torch.nn.Parameter(inner.clone()), plain]
+    fresh = GapAware(torch.optim.SGD(bare, lr=0.1), interval=1, sketch_dim=DIM)
+    fresh.step()
+    assert torch.equal(last_sketch(optimizer), last_sketch(fresh))
