@@ -1,4 +1,4 @@
-"""The law of the modes "auto" and "escape": faster where motion is persistent or the loss stands still.
+"""The law of mode="escape": faster where motion is persistent or the loss stands still.
 
 What was tried on the way to it is in benchmarks/LOG.md.
 """

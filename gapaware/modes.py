@@ -25,9 +25,22 @@ class Mode:
     first_pull: float = 0.0
 
 
+AUTO = "auto"
 MODES = {
-    "auto": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
     "escape": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
     "retain": Mode(retain_law, RETAIN_TARGET, first_pull=FIRST_PULL),
     "observe": Mode(None, DRIFT_TARGET),
 }
+NAMES = (AUTO, *MODES)
+
+
+def resolve(mode: str, *, anchored: bool) -> str:
+    """What "auto" stands for: who names weights to go back to has a skill to lose.
+
+    Example:
+        >>> resolve("auto", anchored=True), resolve("auto", anchored=False)
+        ('retain', 'escape')
+    """
+    if mode != AUTO:
+        return mode
+    return "retain" if anchored else "escape"

@@ -40,24 +40,24 @@ class GapAware(Resumable):
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
-        mode: "escape", up on plateaus, never below the given learning rate; "auto", what is best where you
-            do not know, for now the same; "retain", for fine-tuning without forgetting: a pull towards the
-            starting weights that gives way slowly; "observe", never touches anything.
+        mode: "escape", up on plateaus, never below the given learning rate; "retain", for fine-tuning
+            without forgetting: a pull towards the starting weights that gives way slowly; "auto", "retain"
+            where an `anchor` is given and "escape" otherwise; "observe", never touches anything.
         window: W, number of updates in a spectrum.
         interval: optimizer steps between snapshots. "auto" is a third of the steps that the wrapped
-            optimizer's momentum remembers (5 for AdamW), unless the controller chooses: in the modes "auto"
-            and "escape" snapshots are closer in the first two memories (every 2nd of 30 steps for AdamW).
+            optimizer's momentum remembers (5 for AdamW), unless the controller chooses: with
+            mode="escape" snapshots are closer in the first two memories (every 2nd of 30 steps for AdamW).
         sketch_dim: length of the sketch of a parameter group (or block). The relative error of a
             singular value is about √(1/(2·sketch_dim)). None computes with the exact updates, which takes
             2·(window + 1) float64 copies of the parameters: for small models.
-        target: what the built-in law steers to: in the modes "auto" and "escape" the drift c* = 0.06, the
+        target: what the built-in law steers to: with mode="escape" the drift c* = 0.06, the
             mean cosine of updates that momentum does not connect; with mode="retain" how fast the pull
             gives way, 𝒜* = 0.25: a smaller one forgets less and learns more slowly. Larger is more careful
             with the first and bolder with the second.
         max_scale: largest factor on the learning rate; 64, and 1 with mode="retain", where a larger one
             lets a learning rate grow that is too small for the pull: for where old answers are held too.
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.
-        anchor: with mode="retain" (or a controller that pulls) the weights to pull to: "init" for those at
+        anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
             the first step, or a state dict by parameter name, which needs a `base` made from
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
             those of a group with `"anchor": False`. Costs a copy of the weights.
@@ -180,7 +180,7 @@ class GapAware(Resumable):
             log_to=log_to if is_first() else None,
             header={
                 "base": type(base).__name__,
-                "mode": mode,
+                "mode": settled.mode,
                 "interval": interval,
                 "target": settled.target,
                 "min_scale": settled.min_scale,
@@ -352,8 +352,8 @@ class GapAware(Resumable):
     def log(self, **metrics: float | Tensor) -> None:
         """Attach values such as the loss to the next record of `history`: their means since the last one.
 
-        Call it at every step. The modes "auto" and "escape" see a plateau in the loss that noise hides in
-        the updates, do not touch a factor under which the loss falls, and take it down where it rises. A
+        Call it at every step. The mode "escape" sees a plateau in the loss that noise hides in the
+        updates, does not touch a factor under which the loss falls, and takes it down where it rises. A
         closure's loss is attached by itself, as is that of a `GapAwareTrainer`. Tensors are read a snapshot
         later, so that a GPU does not have to wait.
 

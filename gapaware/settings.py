@@ -11,7 +11,7 @@ from gapaware import arguments, layout
 from gapaware.blocks import CHUNK
 from gapaware.controller import Controller
 from gapaware.law import drift_law
-from gapaware.modes import MODES, Mode
+from gapaware.modes import MODES, NAMES, Mode, resolve
 from gapaware.momentum import interval_for, memory_steps
 from gapaware.spectrum import MIN_UPDATES
 
@@ -24,6 +24,7 @@ class Settings:
     """The arguments of `GapAware` that have a default of the mode's, or a rule of their own.
 
     Attributes:
+        mode: never "auto", but what it stands for.
         window: W.
         interval: optimizer steps to the first snapshot.
         controller: None to observe only.
@@ -34,6 +35,7 @@ class Settings:
         anchor: what to pull to, or None.
     """
 
+    mode: str
     window: int
     interval: int
     controller: Controller | None
@@ -74,7 +76,9 @@ def settle(
         >>> settled.interval, settled.max_scale, settled.anchor
         (5, 1.0, 'init')
     """
-    arguments.choice("mode", mode, tuple(MODES))
+    arguments.choice("mode", mode, NAMES)
+    # an anchor beside a controller is the controller's
+    mode = resolve(mode, anchored=anchor is not None and controller is None)
     arguments.choice("granularity", granularity, layout.GRANULARITIES)
     chosen = MODES[mode]
     window = arguments.integer(
@@ -116,6 +120,7 @@ def settle(
     if controller is None and chosen.law is drift_law and interval != "auto":
         _warn_of_a_short_window(window, steps, memory)
     return Settings(
+        mode=mode,
         window=window,
         interval=steps,
         controller=law,

@@ -8,6 +8,7 @@ from torch import nn
 
 from gapaware import Decision, GapAware
 from gapaware.anchor import Anchor
+from gapaware.log import read_log
 from gapaware.retain_law import FIRST_PULL, RETAIN_TARGET
 from gapaware.scaling import Scales
 
@@ -131,9 +132,27 @@ def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, message):
         GapAware(base, mode="retain", anchor=anchor)
 
 
-def test_an_anchor_without_a_pull_is_refused():
-    with pytest.raises(ValueError, match='mode="auto" pulls to nothing'):
-        GapAware(still(nn.Parameter(torch.ones(2))), anchor="init")
+@pytest.mark.parametrize("mode", ["escape", "observe"])
+def test_an_anchor_without_a_pull_is_refused(mode):
+    with pytest.raises(ValueError, match=f'mode="{mode}" pulls to nothing'):
+        GapAware(still(nn.Parameter(torch.ones(2))), mode=mode, anchor="init")
+
+
+@pytest.mark.parametrize("anchor", ["init", None, "a state dict"])
+def test_auto_retains_where_an_anchor_is_given(anchor, tmp_path):
+    ends = {}
+    for mode in ("auto", "escape" if anchor is None else "retain"):
+        model, start = model_and_start()
+        base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+        to = start if anchor == "a state dict" else anchor
+        optimizer = GapAware(base, mode=mode, anchor=to, log_to=tmp_path / f"{mode}.jsonl")
+        train(model, optimizer, 30)
+        ends[mode] = (model.state_dict(), list(optimizer.scales), optimizer.history[-1].get("pull"))
+        assert read_log(tmp_path / f"{mode}.jsonl")[0]["settings"]["mode"] != "auto"
+    (weights, scales, pull), (expected, *rest) = ends.values()
+    assert [scales, pull] == rest
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert bool(pull) == (anchor is not None)
 
 
 def test_a_controller_may_pull():
