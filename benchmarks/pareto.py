@@ -42,8 +42,12 @@ class Scale:
 
     @classmethod
     def of(cls, curves: Sequence[Curve], chance: float) -> Scale:
-        """From the trajectories of the base's sweep, which all start at the same place."""
-        first = curves[0][0]
+        """From the trajectories of the base's sweep.
+
+        They all start at the same place, unless there was an earlier stage: then where most is known of
+        what came before.
+        """
+        first = min((curve[0] for curve in curves), key=lambda place: place[OLD])
         best = min(place[VALIDATION] for curve in curves for place in curve)
         return cls(min(first[VALIDATION], chance), best, first[OLD], first[OLD_ACCURACY])
 

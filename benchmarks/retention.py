@@ -8,6 +8,7 @@ the new task's own head alone and replace the weight decay to zero. EWC alone is
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def ewc(run: Training) -> Curves:
 
 def distillation(run: Training) -> Curves:
     """Learning without Forgetting: loss + λ·T²·KL(start's old answers, the model's) on NEW inputs."""
-    teacher = run.task.pretrain(run.seed).eval()
+    teacher = copy.deepcopy(run.model).eval()
     run.held += list(teacher.parameters())
 
     def answers(model: nn.Module, batch: Examples) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import forgetting, pareto
 from benchmarks.forgetting_report import judge, tables
 from benchmarks.forgetting_runs import Runs
-from benchmarks.forgetting_tasks import ForgettingTask, Point, Score, copy_of
+from benchmarks.forgetting_tasks import ForgettingTask, Point, Score, austen, copy_of
 from benchmarks.forgetting_tasks.digits import ROTATED, SPLIT
 from benchmarks.forgetting_tasks.finetune import finetune, score_steps, straight_line, walk
 from benchmarks.forgetting_tasks.training import Training, scaled
@@ -63,6 +63,10 @@ class TestPareto:
         )
         assert (scale.start, scale.best, scale.old) == (2.3, 0.3, 0.1)
         assert scale.target(0.9) == pytest.approx(0.5)
+
+    def test_after_an_earlier_stage_forgetting_counts_from_where_most_was_known(self) -> None:
+        scale = pareto.Scale.of([curve((5, 3), (0.5, 4)), curve((4, 1), (0.3, 2))], chance=9)
+        assert (scale.start, scale.best, scale.old) == (4, 0.3, 1)
 
     def test_the_area_is_the_mean_over_gains(self) -> None:
         straight = curve((1, 0), (0, 10))
@@ -141,6 +145,50 @@ class TestTasks:
         assert [point.at for point in points] == [0, *score_steps(100, task.points)]
         assert points[-1].validation.loss < 0.7 * points[0].validation.loss
         assert points[-1].old.loss > points[0].old.loss
+
+
+class TestStages:
+    @pytest.fixture
+    def staged(self, monkeypatch: pytest.MonkeyPatch) -> ForgettingTask:
+        task = replace(TINY, name="second", earlier=replace(TINY, name="first"))
+        monkeypatch.setitem(forgetting.TASKS, task.name, task)
+        return task
+
+    @pytest.mark.parametrize("method", ["base", "lora", "gapaware-rehearsed"])
+    def test_the_second_stage_begins_where_the_first_ended(
+        self, staged: ForgettingTask, method: str
+    ) -> None:
+        value = METHODS[method].values[-1]
+        assert staged.earlier is not None
+        _, first = trained(method, value, staged.earlier)
+        [start, *_] = forgetting.Run(staged.name, "adamw", method, value, 0).do()["curves"][
+            "trajectory"
+        ]
+        assert start[1:] == pytest.approx([*first[-1][1], *first[-1][2], *first[-1][3]], rel=1e-4)
+        assert start[1] != pytest.approx(first[0].validation.loss, rel=1e-2)
+
+    def test_a_model_that_is_taken_over_is_a_copy(self) -> None:
+        model = TINY.pretrain(0)
+        run = Training(TINY, "adamw", 1.0, 1.0, 0, earlier=model)
+        before = copy_of(model)
+        METHODS["base"].train(run)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_what_leaves_no_model_behind_is_not_planned(self, staged: ForgettingTask) -> None:
+        planned = forgetting.plan([staged.name], METHODS, ["adamw"], seeds=1)
+        assert {run.method for run in planned} == set(METHODS) - set(forgetting.LAST_STAGE_ONLY)
+
+    def test_novels_that_are_not_there_say_where_to_get_them(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(austen, "LIBRARIES", ())
+        monkeypatch.setenv("R_LIBS_SITE", str(tmp_path))
+        with pytest.raises(FileNotFoundError, match="r-cran-janeaustenr"):
+            austen.database()
+        index = tmp_path / "janeaustenr" / "data" / "Rdata.rdx"
+        index.parent.mkdir(parents=True)
+        index.touch()
+        assert austen.database() == index
 
 
 def trained(method: str, value: float, task: ForgettingTask = TINY) -> tuple[Training, list[Point]]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +105,8 @@ class ForgettingTask:
         old_steps, old_lr: of pre-training, with AdamW, warm-up and cosine.
         two_heads: whether the model takes the head as a second argument.
         fresh: prefixes of the names of parameters that only the new task uses.
+        earlier: learned first, with the same method and settings; this task goes on from there, and both
+            domains of that one are old here. None for a task of one stage.
         imagined: from the model before fine-tuning and a seed, a function from a batch's inputs to inputs
             of neither set, on which to ask for old answers.
     """
@@ -124,6 +126,7 @@ class ForgettingTask:
     fresh: tuple[str, ...] = ()
     imagined: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] = lambda model, seed: scrambled
     points: int = 20
+    earlier: ForgettingTask | None = None
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - tasks live as long as the process
     def data(self, seed: int) -> Domains:
@@ -197,6 +200,8 @@ class ForgettingTask:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
+        # gradients of what is frozen later would count when the others are clipped
+        model.zero_grad()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), path)
@@ -224,6 +229,14 @@ def shuffled(examples: Examples, batch_size: int, seed: int) -> Iterator[Example
         for rows in torch.randperm(len(examples), generator=generator).split(batch_size):
             if len(rows) == min(batch_size, len(examples)):
                 yield examples[rows]
+
+
+def joined(sets: Sequence[Examples]) -> Examples:
+    """Several sets as one."""
+    inputs, targets = (
+        torch.cat([getattr(s, name) for s in sets]) for name in ("inputs", "targets")
+    )
+    return replace(sets[0], inputs=inputs, targets=targets)
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:

