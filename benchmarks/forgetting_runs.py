@@ -115,7 +115,12 @@ class Runs:
     def reduction(
         self, cases: Iterable[Case], view: str, other: str, share: float, lr: float | None = None
     ) -> float | None:
-        """Share forgotten less than by `other`: geometric mean over tasks, whatever their seeds."""
+        """Share forgotten less than by `other`: geometric mean over tasks, whatever their seeds.
+
+        None where `view` misses a target that `other` reaches. A task on which `other` misses it says
+        nothing and is left out.
+        """
         logs = [self.ratios([case], view, other, share, lr) for case in cases]
-        means = [fmean(ratios) for ratios in logs if ratios is not None]
-        return pareto.reduction(means) if means and len(means) == len(logs) else None
+        if None in logs:
+            return None
+        return pareto.reduction([fmean(ratios) for ratios in logs if ratios])

@@ -99,7 +99,7 @@ def log_ratios(ours: Forgetting, theirs: Forgetting, default: Forgetting) -> lis
     """Logarithms of ours / theirs, pair by pair (task and seed); None where ours misses a target.
 
     Forgetting below `LEAST` of the default learning rate's (which may be below zero) counts as that.
-    Pairs where theirs misses the target, or the default does, are left out.
+    Pairs where theirs misses the target, or the default does, are left out; that may leave none.
     """
     ratios = []
     for key, other in theirs.items():
@@ -111,7 +111,7 @@ def log_ratios(ours: Forgetting, theirs: Forgetting, default: Forgetting) -> lis
             return None
         least = LEAST * max(usual, 1e-9)
         ratios.append(math.log(max(mine, least) / max(other, least)))
-    return ratios or None
+    return ratios
 
 
 def reduction(ratios: Sequence[float] | None) -> float | None:
@@ -120,7 +120,7 @@ def reduction(ratios: Sequence[float] | None) -> float | None:
     >>> round(reduction([math.log(0.5), math.log(0.125)]), 3)
     0.75
     """
-    return None if ratios is None else 1 - math.exp(fmean(ratios))
+    return 1 - math.exp(fmean(ratios)) if ratios else None
 
 
 def p_less(ratios: Sequence[float] | None) -> float | None:

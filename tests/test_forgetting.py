@@ -86,6 +86,11 @@ class TestPareto:
         assert pareto.log_ratios({0: 1.0, 1: None}, {0: 2.0, 1: 2.0}, {0: 4.0, 1: 4.0}) is None
         assert pareto.mean([1.0, None]) is None
 
+    def test_a_task_that_the_other_never_learns_is_left_out(self) -> None:
+        nothing = pareto.log_ratios({0: 1.0}, {0: None}, {0: 4.0})
+        assert nothing == []
+        assert pareto.reduction(nothing) is pareto.p_less(nothing) is None
+
     def test_p_is_one_sided(self) -> None:
         less = [-0.5, -0.6, -0.4]
         p = pareto.p_less(less)
