@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import add_results
 from benchmarks.forgetting_figure import draw
 from benchmarks.forgetting_report import figures, judge, tables
 from benchmarks.forgetting_tasks import ForgettingTask
@@ -175,20 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="seeds 0 ... N-1 (default 5)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--figure", type=Path, default=FIGURE, help=f"default {FIGURE}")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=KEPT_RUNS,
-        help=f"file of finished runs, read and added to (default {KEPT_RUNS})",
-    )
-    parser.add_argument(
-        "--from-results",
-        type=Path,
-        nargs="?",
-        const=COMMITTED_RUNS,
-        metavar="FILE",
-        help="train nothing, judge the runs in FILE (default: those committed in benchmarks/results)",
-    )
+    add_results(parser, KEPT_RUNS, COMMITTED_RUNS)
     options = parser.parse_args(arguments)
     quick = options.quick
     runs = plan(

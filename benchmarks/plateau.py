@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import quick
+from benchmarks.arguments import add_results
 from benchmarks.figure import draw
 from benchmarks.methods import GAPAWARE, NO_LOSS
 from benchmarks.plan import stages
@@ -47,25 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", type=Path, help="also write the figures in the tables to this file"
     )
     parser.add_argument("--figure", type=Path, help="also draw the steps to target into this file")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=KEPT_RUNS,
-        help=f"file of finished runs, read and added to (default {KEPT_RUNS})",
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--fresh",
-        action="store_true",
-        help="after a change to GapAware: forget its runs, and those that replay its factors",
-    )
-    source.add_argument(
-        "--from-results",
-        type=Path,
-        nargs="?",
-        const=COMMITTED_RUNS,
-        metavar="FILE",
-        help="train nothing, read the runs in FILE (default: those committed in benchmarks/results)",
+    add_results(
+        parser,
+        KEPT_RUNS,
+        COMMITTED_RUNS,
+        fresh="after a change to GapAware: forget its runs, and those that replay its factors",
     )
     options = parser.parse_args(arguments)
     results = Results(options.from_results or options.results)

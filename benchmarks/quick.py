@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.arguments import add_results
 from benchmarks.runs import Results, Row, Run, run_all, steps
 from benchmarks.statistics import geometric_mean
 from benchmarks.suite import TASKS
@@ -123,22 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=KEPT_RUNS,
-        help=f"file of finished runs, read and added to (default {KEPT_RUNS})",
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--fresh", action="store_true", help="forget finished runs of GapAware")
-    source.add_argument(
-        "--from-results",
-        type=Path,
-        nargs="?",
-        const=COMMITTED_RUNS,
-        metavar="FILE",
-        help="train nothing, judge the runs in FILE (default: those committed in benchmarks/results)",
-    )
+    add_results(parser, KEPT_RUNS, COMMITTED_RUNS, fresh="forget finished runs of GapAware")
     options = parser.parse_args(arguments)
     results = Results(options.from_results or options.results)
     if options.fresh:

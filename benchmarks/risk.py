@@ -25,6 +25,7 @@ import torch
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from benchmarks.arguments import add_results
 from benchmarks.forgetting import TASKS, Results, Row, Run
 from benchmarks.forgetting_tasks import Point
 from benchmarks.forgetting_tasks.char_lm import BIBLE_TO_CODE
@@ -267,17 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="digits, two seeds")
     parser.add_argument("--task", choices=SEEDS, action="append", help="only these tasks")
     parser.add_argument("--seeds", type=int, help=f"seeds 0 ... N-1 (default {SEEDS})")
-    parser.add_argument(
-        "--results", type=Path, default=KEPT_RUNS, help=f"finished runs (default {KEPT_RUNS})"
-    )
-    parser.add_argument(
-        "--from-results",
-        type=Path,
-        nargs="?",
-        const=COMMITTED_RUNS,
-        metavar="FILE",
-        help="train nothing, judge the runs in FILE (default: those committed in benchmarks/results)",
-    )
+    add_results(parser, KEPT_RUNS, COMMITTED_RUNS)
     options = parser.parse_args(arguments)
     tasks = options.task or (CHEAP[:2] if options.quick else tuple(SEEDS))
     runs = plan(tasks, options.seeds or (2 if options.quick else None))
