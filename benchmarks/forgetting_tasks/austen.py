@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("/usr/lib/R/site-library", "/usr/local/lib/R/site-library")
-# in the order of publication, so that the last tenth is of other novels than the rest
+# in the order of publication: the last tenth, which is held out, is of a novel of its own
 NOVELS = (
     "sensesensibility",
     "prideprejudice",

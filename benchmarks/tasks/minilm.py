@@ -10,8 +10,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.forgetting_tasks.finetune import linear_decay
 from benchmarks.forgetting_tasks.minilm import SCORED, TRAINED, Sentences, tokenized
 from benchmarks.tasks import Task, Training
 
@@ -42,11 +42,6 @@ def fine_tuning(seed: int) -> Training:
         return F.cross_entropy(logits, labels[held_out]).item(), accuracy
 
     return Training(model, loss, evaluate)
-
-
-def linear_decay(optimizer: torch.optim.Optimizer, budget: int) -> LambdaLR:
-    """The Trainer's default: from the full learning rate in a line to zero."""
-    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / budget))
 
 
 TWEETS = Task(
