@@ -30,6 +30,7 @@ STYLES = {
     "gapaware-consolidate": {"color": "tab:orange", "linewidth": 1.2, "linestyle": ":"},
 }
 RIVALS = ("tab:cyan", "tab:olive", "tab:pink", "tab:brown", "gold", "black", "0.6")
+LINEAR = 0.1  # nats
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -55,7 +56,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             if points:
                 style = STYLES.get(view) or {"color": colors[view], "linewidth": 1.1}
                 panel.plot(*zip(*points, strict=True), label=view, **style)
-        panel.set_yscale("symlog", linthresh=0.1)
+        # below the threshold the axis is linear anyway, and without a decade on it its ticks are odd
+        if max(map(abs, panel.dataLim.intervaly)) > LINEAR:
+            panel.set_yscale("symlog", linthresh=LINEAR)
         panel.set_title(", ".join(case), loc="left", fontweight="bold")
         panel.set_xlabel("new task, % of the best gain")
         panel.set_ylabel("rise of the old loss, nats")
