@@ -18,10 +18,11 @@ Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a b
 error stays below about 1e-6 of its value, whatever the size of the model.
 """
 
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, tee
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ from gapaware.hashing import buckets, sign_table
 from gapaware.transfer import send
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from gapaware.compiled import Loop, Plan
     from gapaware.kernel import Fused
 
 CHUNKS_PER_FLUSH = 64
@@ -81,6 +85,9 @@ class CountSketch:
         self.seed = seed
         self._workspaces: dict[torch.device, _Workspace] = {}
         self._fused: dict[torch.device, Fused] = {}
+        self._loop: Loop | None = None
+        # of each row, None where the loop cannot take it
+        self._plans: dict[int | None, Plan | None] = {}
         self._key: Hashable = None
 
     def __call__(
@@ -182,11 +189,12 @@ class CountSketch:
             # on every device, since what has moved may have left one
             for workspace in self._workspaces.values():
                 workspace.additions.forget()
+            self._plans.clear()
             self._key = key
         if not _has_kernel(device):
             numbers = [None] * len(rows) if key is None else range(len(rows))
             given = zip(rows, stretches, numbers, strict=True)
-            found = [self._add_up(p, device, ends, row, resident) for p, ends, row in given]
+            found = [self._row(p, device, ends, row, resident) for p, ends, row in given]
             sketches, shares = zip(*found, strict=True)
             return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:
@@ -200,6 +208,31 @@ class CountSketch:
             lambda pieces, stretches: self._add_up(pieces, device, stretches),
             stretches,
         )
+
+    def _row(
+        self,
+        pieces: Iterable[tuple[Tensor, int]],
+        device: torch.device,
+        stretches: Sequence[Stretch],
+        row: int | None,
+        resident: frozenset[int],
+    ) -> tuple[Tensor, Tensor]:
+        """A row's sketch without the kernel: the compiled loop's or the same, bit for bit, without it."""
+        # of a small row it would not even repay its import
+        large = device.type == "cpu" and stretches[-1][0] > CHUNK
+        compiled = _compiled() if large else None
+        if compiled is None:
+            return self._add_up(pieces, device, stretches, row, resident)
+        if row is None or row not in self._plans:
+            pieces, again = tee(pieces)
+            self._plans[row] = compiled.plan(
+                again, stretches, resident, CHUNKS_PER_FLUSH, self.seed
+            )
+        plan = self._plans[row]
+        if plan is None:
+            return self._add_up(pieces, device, stretches, row, resident)
+        self._loop = self._loop or compiled.Loop(self.dim, self.seed)
+        return self._loop(plan)
 
     def width(self, size: int) -> int:
         """How many numbers there are of a block of `size` elements."""
@@ -226,6 +259,20 @@ class CountSketch:
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(state["dim"], state["seed"])  # type: ignore[misc]
+
+
+@lru_cache
+def _compiled() -> "ModuleType | None":
+    """The loop for the CPU, where Numba is installed and works."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from gapaware import compiled  # imports Numba, which takes a while
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"Numba does not work here, so snapshots are slower: {why}", stacklevel=2)
+        return None
+    return compiled
 
 
 @lru_cache

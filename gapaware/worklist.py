@@ -109,10 +109,10 @@ def batches(
         >>> len(whole.work[0].programs)
         2
     """
-    parts = [_parts(size, pieces, seed) for size, pieces in kinds]
+    cut = [parts(size, pieces, seed) for size, pieces in kinds]
     reach, first = np.zeros(rows, np.int64), np.full(rows, CHUNK)
-    count = np.zeros((len(parts), rows), np.int64)
-    for kind, part in enumerate(parts):
+    count = np.zeros((len(cut), rows), np.int64)
+    for kind, part in enumerate(cut):
         np.maximum.at(reach, part.row, part.high)
         np.minimum.at(first, part.row, part.low)
         np.add.at(count[kind], part.row, part.high - part.low)
@@ -128,7 +128,7 @@ def batches(
         begin = np.zeros(rows, np.int64)
         begin[inside] = np.cumsum(size[inside]) - size[inside] - first[inside]
         work = []
-        for kind, part in enumerate(parts):
+        for kind, part in enumerate(cut):
             before = begin + width * layers[:kind].sum(0)
             chosen = part.of_rows(batch_of == batch)
             here = layers[kind] * (batch_of == batch)
@@ -149,10 +149,22 @@ def pack(low: Integers, high: Integers, offset: Integers, flip: Integers) -> Int
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Columns of the same length, ordered by row and place."""
+class Parts:
+    """What the pieces have in each chunk: columns of the same length, ordered by row and place.
+
+    Attributes:
+        row: of the piece.
+        chunk: number of the chunk.
+        address: at which place 0 of the chunk would be, in bytes.
+        low: first place in the chunk.
+        high: the place after the last.
+        residue: modulo `LANES`, where in the piece place 0 of the chunk would be.
+        whole: whether it is all of the chunk, and aligned.
+        packed: see `pack`.
+    """
 
     row: Integers
+    chunk: Integers
     address: Integers
     low: Integers
     high: Integers
@@ -160,13 +172,24 @@ class _Parts:
     whole: npt.NDArray[np.bool_]
     packed: Integers
 
-    def of_rows(self, chosen: npt.NDArray[np.bool_]) -> "_Parts":
+    def of_rows(self, chosen: npt.NDArray[np.bool_]) -> "Parts":
+        """Those of the rows that are True."""
         keep = chosen[self.row]
-        return _Parts(*(column[keep] for column in self.__dict__.values()))
+        return Parts(*(column[keep] for column in self.__dict__.values()))
 
 
-def _parts(itemsize: int, pieces: Sequence[Piece], seed: int) -> _Parts:
-    """Cut pieces where chunks begin."""
+def parts(itemsize: int, pieces: Sequence[Piece], seed: int) -> Parts:
+    """Cut pieces where chunks begin.
+
+    Args:
+        itemsize: bytes of an element.
+        pieces: in any order.
+        seed: of the sketch.
+
+    Example:
+        >>> parts(4, [Piece(0, 4096, 1000, 0), Piece(0, 8192, CHUNK, 1000)], seed=0).high.tolist()
+        [1000, 131071, 1000]
+    """
     table = np.array([piece for piece in pieces if piece.length], np.int64).reshape(-1, 4)
     row, address, length, place = table[np.lexsort((table[:, 3], table[:, 0]))].T
     first = place // CHUNK
@@ -178,8 +201,9 @@ def _parts(itemsize: int, pieces: Sequence[Piece], seed: int) -> _Parts:
     high = np.minimum(length[index] - shift, CHUNK)
     flip = (chunk_flips(chunk, seed) < 0).astype(np.int64)
     aligned = address % (LANES * itemsize) == 0
-    return _Parts(
+    return Parts(
         row=row[index],
+        chunk=chunk,
         address=address[index] + shift * itemsize,
         low=low,
         high=high,
@@ -219,7 +243,7 @@ def _batch_numbers(size: Integers, budget: int, most: int) -> Integers:
 
 
 def _work(
-    part: _Parts, layers: Integers, begin: Integers, first_place: Integers, reach: Integers
+    part: Parts, layers: Integers, begin: Integers, first_place: Integers, reach: Integers
 ) -> Work:
     """Tables for the parts of one dtype.
 
