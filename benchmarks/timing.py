@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -118,11 +119,12 @@ def interleaved(
 
 
 def device_name(device: torch.device) -> str:
-    """What results are filed under: the GPU, or the CPU with the threads in use."""
+    """What results are filed under: the GPU, or the CPU, the threads in use, and Numba if it is there."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    numba = ", Numba" if find_spec("numba") else ""
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}{numba}"
 
 
 def _cpu_name() -> str:

@@ -25,7 +25,6 @@ from gapaware.hashing import buckets, sign_table
 from gapaware.openmp import on_threads
 from gapaware.worklist import Piece, parts
 
-Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 # of the accumulator as a matrix: 16 rows of 251 columns take half of 32 KB
@@ -127,17 +126,13 @@ class Loop:
         # the bit that stands for it in a byte: a fourth of what floats would take from the caches
         self._minus = (sign_table(seed) < 0).astype(np.uint8) << 7
         self._bucket = buckets(dim, seed).astype(np.int32)
-        self._sums: Floats | None = None
+        self._sums = np.empty((TILES, TILE))
 
     def __call__(self, row: Plan) -> tuple[Tensor, Tensor]:
         """The sketch of a row, float64, (dim,), and the short ones of its blocks, (blocks·WIDTH,)."""
-        # taken away until the end: after an exception there would be remainders in them
-        sums, self._sums = self._sums, None
-        if sums is None:
-            sums = np.zeros(TILES * TILE)
         tiles = -(-row.reach // TILE)
         shares = np.zeros((tiles, row.blocks, WIDTH))
-        tables = (row.items, row.flushed, row.block, self._minus, sums, shares)
+        tables = (row.items, row.flushed, row.block, self._minus, self._sums, shares)
         numbers = [0, tiles, len(row.items), row.blocks, row.low_precision]
         argument = np.array(numbers + [table.ctypes.data for table in tables])
         on_threads(
@@ -147,8 +142,7 @@ class Loop:
             kept=(argument, tables),
         )
         sketch = np.zeros(self._dim)
-        _fold(sums, self._bucket, row.reach, sketch)
-        self._sums = sums
+        _fold(self._sums.reshape(-1), self._bucket, row.reach, sketch)
         return torch.from_numpy(sketch), torch.from_numpy(shares.sum(0).reshape(-1))
 
 
@@ -242,6 +236,7 @@ def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
             break
         base = tile * TILE
         high = sums[tile]
+        high[:] = 0
         low[:] = 0
         before[:] = 0
         entered = -1  # the block that something was added for since `before`
@@ -280,7 +275,6 @@ def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
 
 @_with(numba.njit, signature_or_function=_FOLD)
 def _fold(sums, bucket, reach, sketch):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Add sums to their buckets, and leave zeros."""
+    """Add sums to their buckets."""
     for place in range(reach):
         sketch[bucket[place]] += sums[place]
-        sums[place] = 0

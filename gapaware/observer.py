@@ -347,7 +347,10 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
         cannot be told; and the addresses of their storages.
     """
     parameters = [parameter for row in rows for parameter in row.parameters]
-    everything = [p.to_local() if is_dtensor(p) else p for p in parameters]
+    sharded = [p for p in parameters if type(p) not in _PLAIN and is_dtensor(p)]
+    everything = (
+        [p.to_local() if is_dtensor(p) else p for p in parameters] if sharded else parameters
+    )
     held = [tensor for tensor in everything if type(tensor) in _PLAIN]
     storages = [tensor.untyped_storage() for tensor in held]
     addresses = [storage.data_ptr() for storage in storages]
@@ -355,8 +358,8 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
         *(row.blocks for row in rows),
         *addresses,
         # the storage itself, since where one was freed there may be another
-        *(storage._cdata for storage in storages),
-        *((t.dtype, t.storage_offset(), t.shape, t.stride()) for t in held),
-        *((p.shape, p.placements, p.device_mesh) for p in parameters if is_dtensor(p)),
+        *[storage._cdata for storage in storages],
+        *[(t.dtype, t.storage_offset(), t.shape, t.stride()) for t in held],
+        *[(p.shape, p.placements, p.device_mesh) for p in sharded],
     )
     return key if len(held) == len(everything) else None, frozenset(addresses)

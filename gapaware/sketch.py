@@ -192,9 +192,12 @@ class CountSketch:
             self._plans.clear()
             self._key = key
         if not _has_kernel(device):
+            # for small rows alone it is not worth its import
+            worth_it = device.type == "cpu" and any(ends[-1][0] > CHUNK for ends in stretches)
+            loop = _compiled() if worth_it else None
             numbers = [None] * len(rows) if key is None else range(len(rows))
             given = zip(rows, stretches, numbers, strict=True)
-            found = [self._row(p, device, ends, row, resident) for p, ends, row in given]
+            found = [self._row(loop, p, device, ends, row, resident) for p, ends, row in given]
             sketches, shares = zip(*found, strict=True)
             return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:
@@ -211,6 +214,7 @@ class CountSketch:
 
     def _row(
         self,
+        compiled: "ModuleType | None",
         pieces: Iterable[tuple[Tensor, int]],
         device: torch.device,
         stretches: Sequence[Stretch],
@@ -218,9 +222,6 @@ class CountSketch:
         resident: frozenset[int],
     ) -> tuple[Tensor, Tensor]:
         """A row's sketch without the kernel: the compiled loop's or the same, bit for bit, without it."""
-        # of a small row it would not even repay its import
-        large = device.type == "cpu" and stretches[-1][0] > CHUNK
-        compiled = _compiled() if large else None
         if compiled is None:
             return self._add_up(pieces, device, stretches, row, resident)
         if row is None or row not in self._plans:
