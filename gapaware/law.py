@@ -36,7 +36,7 @@ PROBING = 1.16
 RETREAT = 0.9
 LEAP = 2.0
 PATIENCE = 100
-RETURN = 0.8
+RETURN = 0.9
 # what holds growth
 QUIET = 3.0
 ANNEALED = 0.5
@@ -70,7 +70,7 @@ def drift_law(observation: Observation) -> Decision:
         f                                       otherwise
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
-    shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a fifth at a time
+    shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a tenth at a time
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
     weights nothing leaps.
 

@@ -74,11 +74,12 @@ class Trend:
 
     @property
     def recovers(self) -> bool:
-        """Whether the newest losses are below the few before them by more than their error."""
+        """Whether the newest losses are below the highest few of the recent ones by more than their error."""
         if len(self.recent) < RECENT:
             return False
-        change, error = _change(self.recent[-2 * NEWEST :])
-        return change < -error
+        few = np.convolve(self.recent, np.full(NEWEST, 1 / NEWEST), mode="valid")
+        error = _deviation(self.recent) * sqrt(2 / NEWEST)
+        return bool(few[-1] < few[:-NEWEST].max() - error)
 
     @property
     def rises(self) -> bool:

@@ -347,11 +347,11 @@ def test_close_snapshots_at_first_and_no_drift_from_a_window_that_spans_too_litt
 
 def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_far():
     up = trend(*(0.69 + NOISE), *np.linspace(0.7, 0.9, 12))
-    lost = observe(updates(0.0), scale=16.0, loss=0.9, memory={**up, "explored": 5})
+    lost = observe(updates(0.4), scale=16.0, loss=0.9, memory={**up, "explored": 5})
     back = drift_law(lost)
     assert back.scale == pytest.approx(16.0 * RETURN)
     # half of where it began, however long it takes
-    lost = observe(updates(0.0), scale=back.scale, loss=0.91, memory=back.memory)
+    lost = observe(updates(0.4), scale=back.scale, loss=0.91, memory=back.memory)
     again = drift_law(lost)
     assert again.scale == pytest.approx(16.0 * RETURN**2)
     assert back.memory["reach"] == again.memory["reach"] == 8.0
@@ -361,6 +361,11 @@ def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_fa
     held = drift_law(observe(updates(0.4), scale=6.0, loss=0.79, memory={**recovering, **known}))
     assert held.scale == 6.0
     assert "comes back" in held.why
+    # below the peak, though not for the last six
+    below = trend(*(0.69 + NOISE), *np.linspace(0.95, 0.83, 6), 0.8, 0.82, 0.78, 0.81, 0.79)
+    assert Trend.from_memory(below["trend"]).after(0.8).recovers
+    at_it = trend(*(0.69 + NOISE), *np.linspace(0.83, 0.95, 11))
+    assert not Trend.from_memory(at_it["trend"]).after(0.95).recovers
     there = {**trend(*(0.69 + NOISE)), **known}
     for before, after in ((3.0, 6.0), (6.0, 8.0), (8.0, 8.0)):
         leap = drift_law(observe(updates(0.0), scale=before, loss=0.69, memory=there))
