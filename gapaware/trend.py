@@ -74,7 +74,7 @@ class Trend:
 
     @property
     def recovers(self) -> bool:
-        """Whether the newest losses are below the highest few of the recent ones by more than their error."""
+        """Whether the newest losses are below their highest lately by more than their error."""
         if len(self.recent) < RECENT:
             return False
         few = np.convolve(self.recent, np.full(NEWEST, 1 / NEWEST), mode="valid")
