@@ -158,15 +158,15 @@ class CountSketch:
         resident: frozenset[int] = frozenset(),
         key: Hashable = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sketch several vectors; on CUDA with one kernel for all of them.
+        """Sketch several vectors: on CUDA in one kernel, on the CPU in a compiled loop if Numba is there.
 
         Args:
             rows: the pieces of each vector, as `__call__` takes them.
             device: where they are.
             stretches: where in each row which of its blocks lie, no piece in two of them; when left out
                 each row is one block.
-            resident: addresses (`data_ptr`) of the storages that outlive this call. The kernel reads pieces
-                in them; others are sketched one by one, and asked for at each call.
+            resident: addresses (`data_ptr`) of the storages that outlive this call. Kernel and loop read
+                pieces in them; others are sketched one by one, and asked for at each call.
             key: when it equals the last call's, so do the stretches and where the pieces are, and those in
                 resident storages are not asked for.
 
@@ -221,7 +221,7 @@ class CountSketch:
         row: int | None,
         resident: frozenset[int],
     ) -> tuple[Tensor, Tensor]:
-        """A row's sketch without the kernel: the compiled loop's or the same, bit for bit, without it."""
+        """A row's sketch without the kernel; it has the same bits with and without the compiled loop."""
         if compiled is None:
             return self._add_up(pieces, device, stretches, row, resident)
         if row is None or row not in self._plans:
