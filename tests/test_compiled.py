@@ -140,13 +140,11 @@ def test_what_it_cannot_take_goes_the_other_way(model, eager, taken):
 
 def test_copies_are_not_kept_until_it_runs(eager, taken):
     held = random(CHUNK, 700)
-    alive = []
 
     def pieces():
         place = 0
         for x in [*held, *[held[1].clone() for _ in range(3)]]:
             copy = x if x is held[0] else x.clone()
-            alive.append(copy.untyped_storage()._cdata)
             yield copy, place
             place += x.numel()
 
