@@ -9,6 +9,8 @@ Part and layer are chosen so that loads are aligned. `CHUNK` is odd, so the firs
 meets another place modulo `LANES` in every chunk: parts that agree in it share a layer, whose blocks begin
 that much to the left. All of it follows from sizes, places and addresses modulo 16. torch's allocator
 aligns more than that, so a snapshot has the same bits wherever it puts the parameters.
+
+The loop on the CPU (`compiled.py`) takes the parts of a row from here, too, and needs no more.
 """
 
 from collections.abc import Sequence
