@@ -94,6 +94,7 @@ class Decision:
         weight_decay_scale: factor on the weight decay, on top of `scale`.
         pull: share of the way back to the starting weights that follows each step, in [0, 1]; needs an
             anchor to pull to.
+        momentum_scale: factor on the steps that the momentum of Adam or AdamW remembers, 1/(1 − β₁).
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -102,13 +103,16 @@ class Decision:
     why: str = ""
     weight_decay_scale: float = 1.0
     pull: float = 0.0
+    momentum_scale: float = 1.0
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 
     def scales(self, low: float, high: float) -> Scales:
         """The factors for the optimizer, the one on the learning rate kept within [low, high]."""
         scale = min(max(float(self.scale), low), high)
-        return Scales(scale, float(self.weight_decay_scale), float(self.pull))
+        return Scales(
+            scale, float(self.weight_decay_scale), float(self.pull), float(self.momentum_scale)
+        )
 
 
 Controller = Callable[[Observation], Decision | float]
@@ -119,7 +123,7 @@ def as_decision(answer: Any) -> Decision:
 
     Raises:
         TypeError: it is neither a `Decision` nor a number.
-        ValueError: a factor is negative or not finite, or the interval is not positive.
+        ValueError: a factor is negative or not finite, or that on momentum or the interval not positive.
 
     Example:
         >>> as_decision(2.0).scale
@@ -134,12 +138,14 @@ def as_decision(answer: Any) -> Decision:
         raise TypeError(
             f"controller returned {answer!r}: return a gapaware.Decision or the factor as a number"
         )
-    for name in ("scale", "weight_decay_scale"):
+    for name in ("scale", "weight_decay_scale", "momentum_scale"):
         factor = getattr(answer, name)
         if not isfinite(factor) or factor < 0:
             raise ValueError(
                 f"controller returned {name}={factor}: a factor has to be finite and not negative"
             )
+    if answer.momentum_scale == 0:
+        raise ValueError("controller returned momentum_scale=0.0: return a factor above 0")
     if not 0 <= answer.pull <= 1:
         raise ValueError(f"controller returned pull={answer.pull}: return a share within [0, 1]")
     interval = answer.interval

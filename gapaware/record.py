@@ -29,8 +29,8 @@ def record(
         With the keys step, lr and lr_scaled (a value for each parameter group, before and after
         scaling), scale (the factor during the update), next_scale (the one decided on),
         weight_decay_scale, regime, decision, why and spectrum; risk (of forgetting) where the start is
-        known; pull (the one decided on) where there is one; scales by row when there are several factors;
-        loss and metrics where they were logged; and those of `clock`.
+        known; pull and momentum_scale (those decided on) where there are any; scales by row when there are
+        several factors; loss and metrics where they were logged; and those of `clock`.
     """
     during = sighting.conditions[-1]
     by_group: dict[int, tuple[float, float]] = {}
@@ -55,6 +55,8 @@ def record(
         described["risk"] = risk
     if after[0].pull:
         described["pull"] = after[0].pull
+    if after[0].momentum != 1.0:
+        described["momentum_scale"] = after[0].momentum
     if outcome.several:
         described["scales"] = dict(zip(sighting.names, during.scales, strict=True))
     if "loss" in metrics:

@@ -1,4 +1,4 @@
-"""Scales on learning rate and weight decay that hold for one step of the wrapped optimizer."""
+"""Scales on learning rate, weight decay and momentum that hold for one step of the wrapped optimizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,15 @@ class Scales:
     Attributes:
         lr: on the learning rate. AdamW and Muon decay by lr × weight_decay, so it scales that too.
         weight_decay: on the weight decay, on top of that.
+        momentum: on 1/(1 − β₁), the steps that the momentum of Adam or AdamW remembers; that of others is
+            left alone.
         pull: share of the way back to the starting weights that follows a step, see `gapaware.anchor`.
     """
 
     lr: float = 1.0
     weight_decay: float = 1.0
     pull: float = 0.0
+    momentum: float = 1.0
 
     @property
     def neutral(self) -> bool:
@@ -64,25 +67,36 @@ def scaled(
         return
     kept = []
     try:
-        for group, scales in zip(optimizer.param_groups, by_group, strict=True):
-            kept += [(group, *change) for change in _apply(group, scales)]
+        groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
+        for (leaf, group), scales in zip(groups, by_group, strict=True):
+            kept += [(group, *change) for change in _apply(leaf, group, scales)]
         yield
     finally:
         for group, key, factor, before, during in kept:
             # written during the step, by a hook with a scheduler or the optimizer itself
-            changed = group[key] is not during
-            group[key] = group[key] / factor if changed and factor else before
+            if group[key] is during or not factor:
+                group[key] = before
+            elif key != "betas":
+                group[key] = group[key] / factor
 
 
-def _apply(group: dict[str, Any], scales: Scales) -> list[tuple[str, float, Any, Any]]:
+def _apply(
+    leaf: torch.optim.Optimizer, group: dict[str, Any], scales: Scales
+) -> list[tuple[str, float, Any, Any]]:
     """Scale a group's values; return (key, factor, value before, value now) of what changed."""
-    changes = []
+    changes: list[tuple[str, float, Any, Any]] = []
     for key, factor in (("lr", scales.lr), ("weight_decay", scales.weight_decay)):
         before: Any = group.get(key)
         if factor != 1.0 and is_number(before):
             # a tensor lr is replaced, not multiplied in place: a scheduler may hold the same tensor
             group[key] = before * factor
             changes.append((key, factor, before, group[key]))
+    # of other optimizers betas[0] may be something else, such as where Schedule-Free takes its gradient
+    if scales.momentum != 1.0 and isinstance(leaf, torch.optim.Adam):
+        betas = group["betas"]
+        if isinstance(betas[0], float):  # a tensor may be on a GPU
+            group["betas"] = (max(0.0, 1 - (1 - betas[0]) / scales.momentum), *betas[1:])
+            changes.append(("betas", scales.momentum, betas, group["betas"]))
     return changes
 
 
@@ -94,7 +108,7 @@ def _divided(
     divided = []
     try:
         for leaf, groups in kept:
-            parts = [_parts(group, by_parameter) for group in groups]
+            parts = [_parts(leaf, group, by_parameter) for group in groups]
             divided += list(zip(groups, parts, strict=True))
             leaf.param_groups = [part for some in parts for part in some]
         yield
@@ -105,7 +119,9 @@ def _divided(
             _take_back(group, some[0])
 
 
-def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[dict[str, Any]]:
+def _parts(
+    leaf: torch.optim.Optimizer, group: dict[str, Any], by_parameter: Mapping[int, Scales]
+) -> list[dict[str, Any]]:
     """Divide a group into one for each distinct scale; an undivided neutral group stays itself."""
     chosen = [by_parameter.get(id(p), NEUTRAL) for p in group["params"]]
     distinct = list(dict.fromkeys(chosen))
@@ -117,7 +133,7 @@ def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[di
         part = {**group, "params": [group["params"][i] for i in members]}
         if "param_names" in group:
             part["param_names"] = [group["param_names"][i] for i in members]
-        _apply(part, scales)
+        _apply(leaf, part, scales)
         parts.append(part)
     return parts
 
@@ -125,5 +141,5 @@ def _parts(group: dict[str, Any], by_parameter: Mapping[int, Scales]) -> list[di
 def _take_back(group: dict[str, Any], part: dict[str, Any]) -> None:
     """Keep what the optimizer wrote into a part of a group, such as a step count."""
     for key, value in part.items():
-        if key not in ("params", "param_names", "lr", "weight_decay"):
+        if key not in ("params", "param_names", "lr", "weight_decay", "betas"):
             group[key] = value

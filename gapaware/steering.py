@@ -223,9 +223,11 @@ class Steering:
         undecided = self._bounded(*state["undecided"])
         self._scales, self._memory, self._undecided = scales, memory, undecided
 
-    def _bounded(self, lr: float, weight_decay: float, pull: float = 0.0) -> Scales:
-        decision = as_decision(Decision(lr, weight_decay_scale=weight_decay, pull=pull))
-        return decision.scales(self._low, self._high)
+    def _bounded(
+        self, lr: float, weight_decay: float, pull: float = 0.0, momentum: float = 1.0
+    ) -> Scales:
+        decision = Decision(lr, weight_decay_scale=weight_decay, pull=pull, momentum_scale=momentum)
+        return as_decision(decision).scales(self._low, self._high)
 
 
 @dataclass(frozen=True)
