@@ -61,6 +61,8 @@ NONSENSE = {
     "scale text": lambda seen: Decision("x"),
     "decay nan": lambda seen: Decision(1.0, weight_decay_scale=float("nan")),
     "decay negative": lambda seen: Decision(1.0, weight_decay_scale=-0.1),
+    "momentum nan": lambda seen: Decision(1.0, momentum_scale=float("nan")),
+    "momentum 0": lambda seen: Decision(1.0, momentum_scale=0.0),
     "interval 0": lambda seen: Decision(1.0, interval=0),
     "interval 2.5": lambda seen: Decision(1.0, interval=2.5),
     "interval infinite": lambda seen: Decision(1.0, interval=float("inf")),

@@ -1,11 +1,14 @@
 """With a factor of 1 the trajectory is bit for bit that of the wrapped optimizer."""
 
+import copy
+
 import pytest
 import torch
 from bases import BASES
 from models import mlp, same_parameters, train
 
 from gapaware import Decision, GapAware
+from gapaware.delegation import leaves
 
 
 def neutral(observation):
@@ -49,3 +52,42 @@ def test_scaled_steps_are_those_of_a_scaled_learning_rate():
         assert train(wrapped, optimizer, range(7, 30)) == train(alone, sgd, range(7, 30))
         assert same_parameters(alone, wrapped)
         assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("granularity", ["global", "group", "block"])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_scaled_momentum_is_that_of_other_betas(kind, granularity):
+    """Half of the steps that β₁ = 0.9 remembers are those of 0.8."""
+    alone, wrapped = mlp(), mlp()
+    kwargs = {"lr": 1e-2, "betas": (0.9, 0.99)}
+    other = kind(alone.parameters(), **kwargs)
+    optimizer = GapAware(
+        kind(wrapped.parameters(), **kwargs),
+        interval=1,
+        sketch_dim=256,
+        granularity=granularity,
+        controller=lambda seen: Decision(1.0, momentum_scale=0.5),
+    )
+    train(wrapped, optimizer, 7)
+    alone.load_state_dict(wrapped.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    other.param_groups[0]["betas"] = (1 - (1 - 0.9) / 0.5, 0.99)
+    assert train(wrapped, optimizer, range(7, 30)) == train(alone, other, range(7, 30))
+    assert same_parameters(alone, wrapped)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    assert optimizer.history[-1]["momentum_scale"] == 0.5
+
+
+@pytest.mark.parametrize("base", [name for name in BASES if not name.startswith("adam")])
+def test_only_adams_momentum_is_scaled(base):
+    """What other optimizers keep in betas may be something else, and so may `momentum`."""
+    alone, wrapped = mlp(), mlp()
+    theirs = BASES[base](alone)
+    ours = GapAware(
+        BASES[base](wrapped),
+        interval=1,
+        sketch_dim=256,
+        controller=lambda seen: Decision(1.0, momentum_scale=0.5),
+    )
+    adams = any(isinstance(leaf, torch.optim.Adam) for leaf in leaves(ours.base))
+    assert (train(alone, theirs, 20) != train(wrapped, ours, 20)) == adams

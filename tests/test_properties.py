@@ -52,12 +52,12 @@ EVENTS = ["nothing"] * 4 * len(TROUBLES) + TROUBLES
 
 SANE = [
     1.0, 2.0, 0.5, 64.0, 1e9, 0.0, Decision(3.0, interval=1), Decision(2.0, interval=7, memory={"n": 1}),
-    Decision(0.1, weight_decay_scale=4.0), "law", "law", "law",
+    Decision(0.1, weight_decay_scale=4.0), Decision(1.0, momentum_scale=0.1), "law", "law", "law",
 ]  # fmt: skip
 NONSENSE = [
     -1.0, math.nan, math.inf, None, "x", True, [], 1j, object(), Decision(1.0, interval=0),
-    Decision(1.0, weight_decay_scale=math.nan), Decision(1.0, memory={"x": object()}), Decision("x"),
-    ZeroDivisionError("raised"),
+    Decision(1.0, weight_decay_scale=math.nan), Decision(1.0, momentum_scale=0),
+    Decision(1.0, memory={"x": object()}), Decision("x"), ZeroDivisionError("raised"),
 ]  # fmt: skip
 ANSWERS = SANE * 6 + NONSENSE
 
@@ -396,6 +396,7 @@ decisions = st.builds(
     Decision,
     scale=numbers,
     weight_decay_scale=numbers,
+    momentum_scale=numbers,
     interval=numbers,
     memory=st.dictionaries(st.text(), st.recursive(numbers, st.lists, max_leaves=5)) | numbers,
 )
@@ -412,6 +413,7 @@ def test_an_answer_is_sound_or_refused(answer, low, high):
     factors = decision.scales(low, high)
     assert low <= factors.lr <= high
     assert 0 <= factors.weight_decay < math.inf
+    assert 0 < factors.momentum < math.inf
     assert decision.interval is None or decision.interval >= 1
     assert_equal(through_a_file(decision.memory), decision.memory)
 
@@ -421,7 +423,7 @@ groups = st.fixed_dictionaries(
     {"lr": rates, "momentum": st.floats(0, 1)},
     optional={"weight_decay": rates | st.none(), "betas": st.tuples(rates, rates)},
 )
-factors = st.builds(Scales, st.floats(1e-3, 1e3), st.floats(0, 1e3))
+factors = st.builds(Scales, st.floats(1e-3, 1e3), st.floats(0, 1e3), momentum=st.floats(1e-3, 1e3))
 
 
 @given(
@@ -429,10 +431,11 @@ factors = st.builds(Scales, st.floats(1e-3, 1e3), st.floats(0, 1e3))
     chosen=st.lists(factors, min_size=6),
     fails=st.booleans(),
     by_parameter=st.booleans(),
+    kind=st.sampled_from([torch.optim.SGD, torch.optim.AdamW]),
 )
-def test_hyperparameters_are_put_back_whatever_happens(groups, chosen, fails, by_parameter):
+def test_hyperparameters_are_put_back_whatever_happens(groups, chosen, fails, by_parameter, kind):
     params = [parameters(((2,), (3,)), seed=n) for n in range(len(groups))]
-    optimizer = torch.optim.SGD([{"params": p} for p in params], lr=0.1)
+    optimizer = kind([{"params": p} for p in params], lr=0.1)
     for group, values in zip(optimizer.param_groups, groups, strict=True):
         group.update(values)
     before = [dict(group) for group in optimizer.param_groups]

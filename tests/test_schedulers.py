@@ -9,7 +9,7 @@ from gradients import assert_equal, parameters, run
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from gapaware import Composite, GapAware
+from gapaware import Composite, Decision, GapAware
 
 STEPS = 50
 
@@ -122,7 +122,7 @@ def test_same_rates_as_without_the_wrapper(name, base):
             interval=2,
             sketch_dim=64,
             granularity="block" if base == "adamw" else "global",
-            controller=lambda seen: 1.0 + seen.step % 3,
+            controller=lambda seen: Decision(1.0 + seen.step % 3, momentum_scale=0.5),
         )
         assert_equal(expected, rates_of(optimizer, wrapped, build_of(name, base)))
     assert set(optimizer.history.column("next_scale")) == {1.0, 2.0, 3.0}
@@ -160,3 +160,23 @@ def test_a_scheduler_stepped_by_a_hook_of_the_base_never_sees_the_factor():
         run(optimizer, params, 30)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[1] == pytest.approx(rates[0], rel=1e-12)
+
+
+def test_a_scheduler_of_momentum_stepped_by_a_hook_never_sees_the_factor():
+    """OneCycleLR writes betas; inside the step they are scaled, and what it makes of them stays."""
+    alone, wrapped = parameters(), parameters()
+    written = []
+    for params in (alone, wrapped):
+        base = optimizer = torch.optim.AdamW(params, lr=0.01)
+        if params is wrapped:
+            optimizer = GapAware(
+                base,
+                interval=1,
+                sketch_dim=64,
+                controller=lambda seen: Decision(1.0, momentum_scale=0.5),
+            )
+        scheduler = schedulers.OneCycleLR(base, max_lr=0.1, total_steps=50)
+        base.register_step_post_hook(lambda o, a, k, s=scheduler: s.step())
+        run(optimizer, params, 30)
+        written.append((optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["lr"]))
+    assert written[0] == written[1]
