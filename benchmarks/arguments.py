@@ -34,9 +34,18 @@ def add_results(
         source.add_argument("--fresh", action="store_true", help=fresh)
     source.add_argument(
         "--from-results",
-        type=Path,
+        type=_existing,
         nargs="?",
         const=committed,
         metavar="FILE",
         help="train nothing, judge the runs in FILE (default: those committed in benchmarks/results)",
     )
+
+
+def _existing(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{name} is not a file; leave the name out for the committed runs"
+        )
+    return path

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import kstest
 from torch import nn
 
-from benchmarks import plateau
+from benchmarks import forgetting, plateau, risk
 from benchmarks.bases import MuonAdamW
 from benchmarks.factors import Bumps
 from benchmarks.figure import draw
@@ -500,6 +500,13 @@ def test_the_command_reads_results_and_trains_nothing(tmp_path, capsys, monkeypa
     )
     described = json.loads(json_path.read_text())
     assert described["groups"]["tuned on"]["base alone"]["ratio"] == pytest.approx(9.945, abs=0.01)
+
+
+@pytest.mark.parametrize("command", [plateau.main, forgetting.main, risk.main])
+def test_results_that_are_not_there_are_an_error(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(["--from-results", "nothing.jsonl"])
+    assert "--from-results: nothing.jsonl is not a file" in capsys.readouterr().err
 
 
 def test_fresh_forgets_what_depends_on_gapaware(tmp_path, monkeypatch):
