@@ -46,8 +46,6 @@ SPIKE_GROWTH = 2.0
 SPIKE_ALIGNMENT = 0.5
 SETBACK = 0.5
 RECOVERY = 0.03
-# momentum, beside the factor on the learning rate
-MOMENTUM_EXPONENT = -1 / 6
 
 
 def drift_law(observation: Observation) -> Decision:
@@ -85,15 +83,10 @@ def drift_law(observation: Observation) -> Decision:
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
 
-    As the learning rate goes up momentum comes down, as in 1cycle (Smith, arXiv 1803.09820): Adam's
-    remembers f^(1/6) times fewer steps, half as many at f = 64. Not with a pull.
-
     Snapshots are closer together at first, see `interval_for`.
     """
     interval = interval_for(observation.momentum_memory, observation.step)
-    decision = _decide(observation)
-    momentum = 1.0 if observation.pull else max(1.0, decision.scale) ** MOMENTUM_EXPONENT
-    return replace(decision, interval=interval, momentum_scale=momentum)
+    return replace(_decide(observation), interval=interval)
 
 
 def _decide(observation: Observation) -> Decision:

@@ -452,17 +452,6 @@ def test_retain_law_raises_a_learning_rate_that_may_grow():
     assert decision.pull == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 200))
 
 
-@pytest.mark.parametrize("scale", [1.0, 8.0, 64.0])
-def test_momentum_comes_down_as_the_learning_rate_goes_up(scale):
-    """f^(1/6) times fewer steps are remembered, and none fewer while a pull holds the weights."""
-    decision = drift_law(observe(updates(0.0), scale=scale, step=200))
-    assert decision.scale < scale
-    assert decision.momentum_scale == pytest.approx(max(1.0, decision.scale) ** (-1 / 6))
-    fastest = drift_law(observe(updates(2.0), scale=64.0, step=200))
-    assert (fastest.scale, fastest.momentum_scale) == (64.0, pytest.approx(0.5))
-    assert drift_law(observe(updates(2.0), scale=64.0, pull=0.01)).momentum_scale == 1.0
-
-
 def trained_where_it_has_converged(wrap, lr=1e-3, steps=800):
     """Targets of pure noise, from their best fit on: there is nothing to gain."""
     torch.manual_seed(0)
