@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapaware.distributed import is_dtensor
+from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
 from gapaware.scaling import NEUTRAL, Scales
 
@@ -118,13 +118,13 @@ class Anchor:
             weights, share = self._weights.get(place), shares[number]
             if weights is None or pull == 0.0:
                 continue
-            here = _local(parameter)
+            here = local(parameter)
             # a tensor on a GPU cannot be told from another: its group stands for it
             rate = (pull, number) if isinstance(share, Tensor) else pull * share
             key = (rate, here.device, here.dtype)
             _, to, start = alike.setdefault(key, (pull * share, [], []))
             to.append(here)
-            start.append(_local(weights).to(here.device, here.dtype, non_blocking=True))
+            start.append(local(weights).to(here.device, here.dtype, non_blocking=True))
         for (_, device, dtype), (rho, to, start) in alike.items():
             if isinstance(rho, Tensor):
                 # given as one weight it would be read on the host
@@ -186,10 +186,6 @@ def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
             for index, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
                     yield (number, index), parameter
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

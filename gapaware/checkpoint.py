@@ -46,12 +46,14 @@ class OwnState:
     def state_dict(self) -> dict[str, Any]:
         """One entry of bytes, whose length may differ between checkpoints where a tensor's may not.
 
-        And the starting weights where there are any, on which a checkpoint is loaded in place.
+        And the starting weights where there are any, on which a checkpoint is loaded in place. The average
+        that a push follows is left out, since it comes and goes: a push starts anew.
         """
         own = self.optimizer.state_dict()["gapaware"]
         weights = self.optimizer.starting_weights()
         if own["anchor"]:
             own["anchor"]["weights"] = {}
+        own["push"] = {}
         buffer = io.BytesIO()
         torch.save(own, buffer)
         return {"bytes": buffer.getvalue(), **({"anchor": weights} if weights else {})}

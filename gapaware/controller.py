@@ -49,6 +49,7 @@ class Observation:
             `initial_lr` that torch's schedulers note down, if that is larger.
         scale: factor that is on it now.
         pull: share of the way back to the starting weights that follows each step now.
+        push: times the average of the recent steps that follows each step now.
         interval: steps between snapshots now.
         min_scale: smallest factor that the user allows.
         max_scale: largest factor that the user allows.
@@ -73,6 +74,7 @@ class Observation:
     peak_lr: float
     scale: float
     pull: float
+    push: float
     interval: int
     min_scale: float
     max_scale: float
@@ -95,6 +97,8 @@ class Decision:
         pull: share of the way back to the starting weights that follows each step, in [0, 1]; needs an
             anchor to pull to.
         momentum_scale: factor on the steps that the momentum of Adam or AdamW remembers, 1/(1 − β₁).
+        push: times the average of the recent steps that follows each step; not 0, it takes a copy of the
+            weights. A drift is then (1 + push) times as fast, and what bounces is not.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -104,6 +108,7 @@ class Decision:
     weight_decay_scale: float = 1.0
     pull: float = 0.0
     momentum_scale: float = 1.0
+    push: float = 0.0
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 
@@ -111,7 +116,11 @@ class Decision:
         """The factors for the optimizer, the one on the learning rate kept within [low, high]."""
         scale = min(max(float(self.scale), low), high)
         return Scales(
-            scale, float(self.weight_decay_scale), float(self.pull), float(self.momentum_scale)
+            scale,
+            weight_decay=float(self.weight_decay_scale),
+            pull=float(self.pull),
+            momentum=float(self.momentum_scale),
+            push=float(self.push),
         )
 
 
@@ -138,7 +147,7 @@ def as_decision(answer: Any) -> Decision:
         raise TypeError(
             f"controller returned {answer!r}: return a gapaware.Decision or the factor as a number"
         )
-    for name in ("scale", "weight_decay_scale", "momentum_scale"):
+    for name in ("scale", "weight_decay_scale", "momentum_scale", "push"):
         factor = getattr(answer, name)
         if not isfinite(factor) or factor < 0:
             raise ValueError(

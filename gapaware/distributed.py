@@ -115,6 +115,11 @@ def is_dtensor(parameter: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(parameter, module.DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of it: of a DTensor its shard, otherwise the tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def local_pieces(parameter: Tensor, place: int) -> Iterable[tuple[Tensor, int]]:
     """The local elements of a parameter as contiguous stretches of the whole one.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapaware.distributed import Unsupported, is_dtensor
+from gapaware.distributed import Unsupported, is_dtensor, local
 
 AnchorWeights = Mapping[str, Tensor] | nn.Module
 
@@ -103,7 +103,7 @@ class Line:
         self._tracks = []
         shared = False
         for tensor, start, is_fresh in pairs:
-            place, start = _local(tensor), _local(start)
+            place, start = local(tensor.detach()), local(start.detach())
             shared |= place.numel() > 0 and place.data_ptr() == start.data_ptr()
             if not torch.equal(between(start, place, 0.0), place):
                 end = place.to(storage_device or place.device, copy=True)
@@ -198,11 +198,6 @@ def _refuse(name: str, tensor: Tensor, start: Tensor) -> None:
             f"anchor[{name!r}] is not sharded as the model's; take the anchor after sharding and "
             "before training: gapaware.starting_weights(model)"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _fully_sharded(model: nn.Module) -> list[Any]:

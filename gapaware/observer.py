@@ -11,7 +11,7 @@ from torch import Tensor
 from gapaware import layout
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
-from gapaware.distributed import Sharing, Unsupported, is_dtensor, refuse, sharing
+from gapaware.distributed import Sharing, Unsupported, is_dtensor, local, refuse, sharing
 from gapaware.identity import Identity
 from gapaware.risk import Start
 from gapaware.scaling import Scales
@@ -348,9 +348,7 @@ def _whereabouts(rows: Sequence[layout.Row]) -> tuple[Hashable, frozenset[int]]:
     """
     parameters = [parameter for row in rows for parameter in row.parameters]
     sharded = [p for p in parameters if type(p) not in _PLAIN and is_dtensor(p)]
-    everything = (
-        [p.to_local() if is_dtensor(p) else p for p in parameters] if sharded else parameters
-    )
+    everything = [local(p) for p in parameters] if sharded else parameters
     held = [tensor for tensor in everything if type(tensor) in _PLAIN]
     storages = [tensor.untyped_storage() for tensor in held]
     addresses = [storage.data_ptr() for storage in storages]

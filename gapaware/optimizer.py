@@ -21,6 +21,7 @@ from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer
+from gapaware.push import Push
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.scaling import Scales, scaled
@@ -168,6 +169,7 @@ class GapAware(Resumable):
             window=settled.window,
             together=granularity == "global",
         )
+        self._push = Push()
         self._pending = None
         self._entrusted = None
         self._metrics = Means()
@@ -208,7 +210,7 @@ class GapAware(Resumable):
         factors = self._begin()
         with scaled(self.base, *factors):
             loss: float | None = self.base.step(closure)
-        self._pull(*factors)
+        self._move(*factors)
         self._finish(loss)
         return loss
 
@@ -262,10 +264,13 @@ class GapAware(Resumable):
         rows = layout.rows(self.base.param_groups, self._observer.settings["granularity"])
         return [row.name for row in rows]
 
-    def _pull(self, by_group: list[Scales], by_parameter: dict[int, Scales] | None = None) -> None:
+    def _move(self, by_group: list[Scales], by_parameter: dict[int, Scales] | None = None) -> None:
+        """What moves the weights beside the wrapped optimizer."""
         if self._anchor is not None:
             with self._guarded("the pull towards the start"):
                 self._anchor.pull(self.base.param_groups, by_group, by_parameter)
+        with self._guarded("the push along the recent steps"):
+            self._push(self.base.param_groups, by_group, by_parameter)
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1

@@ -19,6 +19,7 @@ class Scales:
         weight_decay: on the weight decay, on top of that.
         momentum: on 1/(1 − β₁), the steps that the momentum of Adam or AdamW remembers; that of others is
             left alone.
+        push: times the average of the recent steps that follows a step, see `gapaware.push`.
         pull: share of the way back to the starting weights that follows a step, see `gapaware.anchor`.
     """
 
@@ -26,10 +27,11 @@ class Scales:
     weight_decay: float = 1.0
     pull: float = 0.0
     momentum: float = 1.0
+    push: float = 0.0
 
     @property
     def neutral(self) -> bool:
-        """Whether nothing is scaled and nothing pulled."""
+        """Whether nothing is scaled, pulled or pushed."""
         return self == NEUTRAL
 
 

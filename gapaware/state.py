@@ -12,6 +12,7 @@ from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
+from gapaware.push import Push
 from gapaware.sighting import Sighting
 from gapaware.steering import Steering
 from gapaware.transfer import Transfer
@@ -41,6 +42,7 @@ class Resumable(Wrapper):
     _observer: Observer
     _steering: Steering
     _anchor: Anchor | None
+    _push: Push
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
@@ -92,6 +94,7 @@ class Resumable(Wrapper):
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
+                "push": self._push.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,
@@ -116,7 +119,7 @@ class Resumable(Wrapper):
         self._steering.restart()
         if self._anchor is not None:
             self._anchor.restart()
-        self._pending, self._metrics = None, Means()
+        self._push, self._pending, self._metrics = Push(), None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
         self.history = self.history.fresh()
@@ -135,9 +138,11 @@ class Resumable(Wrapper):
             observer = Observer(**settings, replicas=self._observer.replicas)
             steering = copy(self._steering)
             history = copy(self.history)
-            pending, anchor = None, copy(self._anchor)
+            pending, anchor, push = None, copy(self._anchor), Push()
             if anchor is not None and ours.get("anchor") is not None:
                 anchor.load_state_dict(ours["anchor"], self.base.param_groups)
+            # states of gapaware 0.1.0 have none
+            push.load_state_dict(ours.get("push", {}), self.base.param_groups)
             steering.load_state_dict(ours["steering"])
             history.load_state_dict(ours["history"])
             same_settings = ours["observer"]["settings"] == settings
@@ -159,6 +164,7 @@ class Resumable(Wrapper):
                 "_observer": observer,
                 "_steering": steering,
                 "_anchor": anchor,
+                "_push": push,
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,

@@ -165,13 +165,13 @@ class Steering:
         lr = max(now.lrs[row] for row in rows)
         lrs = np.array([max(c.lrs[row] for row in rows) for c in sighting.conditions])
         peak = max(float(lrs.max()), max(now.first_lrs[row] for row in rows))
-        scale, pull = self.scales(name).lr, self.scales(name).pull
+        factors = self.scales(name)
         weight_norm = float("inf")
         if sighting.squared_norms is not None:
             weight_norm = float(np.sqrt(sighting.squared_norms.result().numpy()[rows].sum()))
         seen = spectrum(
             chosen[UPDATE, UPDATE],
-            lr=lr * scale,
+            lr=lr * factors.lr,
             window=self._window,
             decay_gram=decay,
             decay_cross=cross,
@@ -190,8 +190,9 @@ class Steering:
             spans=np.array([c.span for c in sighting.conditions], dtype=np.float64),
             lr=lr,
             peak_lr=peak,
-            scale=scale,
-            pull=pull,
+            scale=factors.lr,
+            pull=factors.pull,
+            push=factors.push,
             interval=now.interval,
             min_scale=self._low,
             max_scale=self._high,
@@ -218,15 +219,22 @@ class Steering:
             ValueError: a factor is negative or not finite.
             Exception: the state is not made by `state_dict`.
         """
-        scales = {str(name): self._bounded(*pair) for name, pair in state["scales"].items()}
+        scales = {str(name): self._bounded(*saved) for name, saved in state["scales"].items()}
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(*state["undecided"])
         self._scales, self._memory, self._undecided = scales, memory, undecided
 
     def _bounded(
-        self, lr: float, weight_decay: float, pull: float = 0.0, momentum: float = 1.0
+        self,
+        lr: float,
+        weight_decay: float,
+        pull: float = 0.0,
+        momentum: float = 1.0,
+        push: float = 0.0,
     ) -> Scales:
-        decision = Decision(lr, weight_decay_scale=weight_decay, pull=pull, momentum_scale=momentum)
+        decision = Decision(
+            lr, weight_decay_scale=weight_decay, pull=pull, momentum_scale=momentum, push=push
+        )
         return as_decision(decision).scales(self._low, self._high)
 
 

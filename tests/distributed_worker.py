@@ -328,6 +328,17 @@ def anchored(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
     return weights(model)
 
 
+def extrapolated(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
+    """Trained with a push along the recent steps."""
+    model = shard(network())
+    train(model, wrapped(model, controller=lambda seen: Decision(1.0, push=2.0)))
+    return weights(model)
+
+
+def pushed(folder: Path) -> Any:
+    return extrapolated(fsdp)
+
+
 def retained(folder: Path) -> Any:
     return anchored(fsdp)
 
@@ -483,7 +494,7 @@ SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
         sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses,
-        one_log, save, retained, retained_and_saved,
+        one_log, save, retained, retained_and_saved, pushed,
     ],
     4: [
         fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,

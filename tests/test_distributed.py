@@ -344,6 +344,13 @@ def test_shards_are_pulled_to_their_start_as_the_whole_is(two):
             assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_shards_are_pushed_as_the_whole_is(two):
+    alone = worker.extrapolated(lambda model: model)
+    for result in of(two, "pushed"):
+        for whole, expected in zip(result, alone, strict=True):
+            assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_starting_weights_are_saved_by_shards_and_loaded_by_others(two, four):
     expected = of(two, "retained_and_saved")[0]
     for result in of(four, "retained_and_resumed"):

@@ -45,6 +45,7 @@ def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, *
         "peak_lr": float(lrs.max()),
         "scale": scale,
         "pull": 0.0,
+        "push": 0.0,
         "interval": int(SPAN),
         "min_scale": 1.0,
         "max_scale": 64.0,

@@ -52,7 +52,7 @@ EVENTS = ["nothing"] * 4 * len(TROUBLES) + TROUBLES
 
 SANE = [
     1.0, 2.0, 0.5, 64.0, 1e9, 0.0, Decision(3.0, interval=1), Decision(2.0, interval=7, memory={"n": 1}),
-    Decision(0.1, weight_decay_scale=4.0), Decision(1.0, momentum_scale=0.1), "law", "law", "law",
+    Decision(0.1, weight_decay_scale=4.0), Decision(1.0, momentum_scale=0.1, push=2.0), "law", "law", "law",
 ]  # fmt: skip
 NONSENSE = [
     -1.0, math.nan, math.inf, None, "x", True, [], 1j, object(), Decision(1.0, interval=0),
@@ -397,6 +397,7 @@ decisions = st.builds(
     scale=numbers,
     weight_decay_scale=numbers,
     momentum_scale=numbers,
+    push=numbers,
     interval=numbers,
     memory=st.dictionaries(st.text(), st.recursive(numbers, st.lists, max_leaves=5)) | numbers,
 )
@@ -414,6 +415,7 @@ def test_an_answer_is_sound_or_refused(answer, low, high):
     assert low <= factors.lr <= high
     assert 0 <= factors.weight_decay < math.inf
     assert 0 < factors.momentum < math.inf
+    assert 0 <= factors.push < math.inf
     assert decision.interval is None or decision.interval >= 1
     assert_equal(through_a_file(decision.memory), decision.memory)
 

@@ -1,0 +1,107 @@
+"""Extrapolation: a push along what the recent steps have in common, which a larger learning rate is not.
+
+θ ← θ + λ·m after a step, with m the exponential average of the steps so far: directions in which the
+weights bounce cancel in m, those in which they drift add up. How strong the push λ is, is not decided here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware.anchor import Groups, Place
+from gapaware.distributed import local
+from gapaware.momentum import TIME_CONSTANTS, memory_steps
+from gapaware.scaling import NEUTRAL, Scales
+
+LEAST_MEMORY = 3  # steps; a shorter average is the step itself
+
+
+class Push:
+    """The average of the steps of each parameter that is pushed, and the push along it.
+
+    It is kept as weights s that lag behind, θ − s = β/(1 − β)·m, one copy of the parameters, and only while
+    there is a push. β is such that m remembers for as long as the wrapped optimizer's momentum does.
+
+    Example:
+        >>> weights = torch.nn.Parameter(torch.zeros(1))
+        >>> group = {"params": [weights], "momentum": 0.9}
+        >>> push = Push()
+        >>> push([group], [Scales(push=1.0)])
+        >>> with torch.no_grad():
+        ...     _ = weights.add_(1.0)
+        >>> push([group], [Scales(push=1.0)])
+        >>> round(weights.item(), 3)
+        1.1
+    """
+
+    def __init__(self) -> None:
+        self._behind: dict[Place, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        groups: Groups,
+        by_group: Sequence[Scales],
+        by_parameter: Mapping[int, Scales] | None = None,
+    ) -> None:
+        """Move each parameter by λ·m. At the first push m is 0, and without one it is forgotten.
+
+        Args:
+            groups: of the wrapped optimizer, after its step.
+            by_group: scales of each group.
+            by_parameter: scales by `id(parameter)`, which then decide instead.
+        """
+        before, self._behind = self._behind, {}
+        chosen_by = by_group if by_parameter is None else by_parameter.values()
+        if not any(scales.push for scales in chosen_by):
+            return
+        rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for place, parameter in _trainable(groups):
+            chosen = by_group[place[0]]
+            if by_parameter is not None:
+                chosen = by_parameter.get(id(parameter), NEUTRAL)
+            if chosen.push == 0.0:
+                continue
+            behind = before.get(place)
+            if behind is None or behind.shape != parameter.shape:
+                self._behind[place] = parameter.detach().clone()
+                continue
+            self._behind[place] = behind = behind.to(parameter.device, parameter.dtype)
+            here, lagging = local(parameter), local(behind)
+            moved, along = alike.setdefault((chosen.push, here.device, here.dtype), ([], []))
+            moved.append(here)
+            along.append(lagging)
+        for (push, _, _), (to, behind_them) in alike.items():
+            # m = rate·(θ − s), and what s lags behind afterwards is (1 − rate)/rate·m
+            torch._foreach_lerp_(to, behind_them, -push * rate)
+            torch._foreach_lerp_(behind_them, to, rate * (1 + push) / (1 + push * rate))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights behind, by parameter group and place."""
+        return {f"{group}.{index}": weights for (group, index), weights in self._behind.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], groups: Groups) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: a weight does not fit its parameter.
+        """
+        parameters = dict(_trainable(groups))
+        behind = {}
+        for key, saved in state.items():
+            group, index = map(int, key.split("."))
+            parameter = parameters.get((group, index))
+            if parameter is None or parameter.shape != saved.shape:
+                raise ValueError(f"the push has a weight {key} that fits no parameter")
+            behind[group, index] = saved.to(parameter.device, parameter.dtype, copy=True)
+        self._behind = behind
+
+
+def _trainable(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
+    for number, group in enumerate(groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter.requires_grad:
+                yield (number, index), parameter

@@ -1,0 +1,187 @@
+"""The push along what the recent steps have in common."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from gapaware import Decision, GapAware, OwnState
+from gapaware.push import Push
+from gapaware.scaling import Scales
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - x[:, :2] - 3).square().mean().backward()
+        optimizer.step()
+
+
+def pushed(model, push=2.0, **more):
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    given = {"interval": 2, "sketch_dim": 64, "controller": lambda seen: Decision(1.0, push=push)}
+    return GapAware(base, **{**given, **more})
+
+
+def equal(one, other):
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("group", "beta"),
+    [({"momentum": 0.9}, 0.9), ({"betas": (0.95, 0.999)}, 0.95), ({}, 0.5)],
+)
+def test_it_adds_the_average_of_the_steps(group, beta):
+    """m ← βm + (1 − β)δ, θ ← θ + λm, by hand, while λ changes."""
+    steps = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    push, mean, expected = Push(), torch.zeros(3), torch.zeros(3, dtype=torch.float64)
+    for number, step in enumerate(steps):
+        strength = 1.0 + number % 3
+        with torch.no_grad():
+            theta.add_(step)
+        push([{"params": [theta], **group}], [Scales(push=strength)])
+        if number:  # before the first one there is nothing to compare with
+            mean = beta * mean + (1 - beta) * step
+        expected += step + strength * mean
+        assert torch.allclose(theta, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_drift_is_faster_and_a_bounce_is_not():
+    theta, push = nn.Parameter(torch.zeros(2)), Push()
+    for number in range(400):
+        with torch.no_grad():
+            theta.add_(torch.tensor([1.0, (-1.0) ** number]))
+        push([{"params": [theta], "momentum": 0.9}], [Scales(push=3.0)])
+    drifted, bounced = theta.tolist()
+    assert drifted == pytest.approx(4 * 400, rel=0.03)
+    assert abs(bounced) < 2
+
+
+def test_without_a_push_nothing_is_kept_and_nothing_moves():
+    alone, model = network(), network()
+    optimizer = pushed(model, push=0.0)
+    train(model, optimizer, range(30))
+    train(alone, torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9), range(30))
+    assert equal(model, alone)
+    assert optimizer.state_dict()["gapaware"]["push"] == {}
+
+
+def test_what_is_kept_is_let_go_with_the_push():
+    model = network()
+    # from the third snapshot on there is a spectrum, and until step 20 a push
+    optimizer = pushed(
+        model, controller=lambda seen: Decision(1.0, push=2.0 if seen.step < 20 else 0.0)
+    )
+    train(model, optimizer, range(18))
+    assert optimizer.history[-1]["push"] == 2.0
+    assert len(optimizer.state_dict()["gapaware"]["push"]) == 4
+    train(model, optimizer, range(18, 30))
+    assert "push" not in optimizer.history[-1]
+    assert optimizer.state_dict()["gapaware"]["push"] == {}
+
+
+def test_rows_are_pushed_apart():
+    seen = {}
+
+    def one(observation):
+        seen[observation.row] = observation.push
+        return Decision(1.0, push=3.0 * (observation.row == next(iter(seen))))
+
+    model = network()
+    optimizer = pushed(model, granularity="block", controller=one)
+    train(model, optimizer, range(30))
+    assert list(seen.values()) == [3.0, 0.0, 0.0, 0.0]
+    assert list(optimizer.state_dict()["gapaware"]["push"]) == ["0.0"]
+
+
+@pytest.mark.parametrize("saved_at", [11, 12, 25])
+def test_a_resumed_run_takes_the_same_steps(saved_at):
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(saved_at))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    train(model, optimizer, range(saved_at, 60))
+
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    other = network(seed=1)
+    resumed = pushed(other)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    train(other, resumed, range(saved_at, 60))
+    assert equal(model, other)
+
+
+def test_a_copy_goes_on_alike_and_apart():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(20))
+    twin, twins = copy.deepcopy((model, optimizer))
+    train(model, optimizer, range(20, 40))
+    train(twin, twins, range(20, 40))
+    assert equal(model, twin)
+
+
+def test_distributed_checkpoints_leave_it_out():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(20))
+    saved = OwnState(optimizer).state_dict()
+    other = pushed(network())
+    OwnState(other).load_state_dict(saved)
+    restored = other.state_dict()["gapaware"]
+    assert restored["push"] == {}
+    assert restored["steering"] == optimizer.state_dict()["gapaware"]["steering"]
+
+
+def test_a_state_that_fits_no_parameter_is_refused_whole():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(20))
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["gapaware"]["push"]["0.0"] = torch.zeros(5)
+    before = copy.deepcopy(optimizer.state_dict()["gapaware"]["push"])
+    with pytest.raises(ValueError, match="fits no parameter"):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()["gapaware"]["push"]
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_fault_in_the_push_never_costs_the_run(monkeypatch):
+    """As where there is no memory for a copy of the weights: the run goes on as the base's."""
+
+    def broken(*args):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(Push, "__call__", broken)
+    model, alone = network(), network()
+    optimizer = pushed(model)
+    with pytest.warns(UserWarning, match="the push along the recent steps: MemoryError"):
+        train(model, optimizer, range(20))
+    train(alone, torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9), range(20))
+    assert equal(model, alone)
+
+
+def test_parameters_that_come_go_and_change_shape():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(20))
+    extra = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [extra]})
+    model[0].bias.requires_grad_(False)
+    frozen = model[0].bias.detach().clone()
+    optimizer.param_groups[0]["params"][2] = model[2].weight = nn.Parameter(torch.zeros(2, 8))
+    train(model, optimizer, range(20, 60))
+    assert torch.equal(model[0].bias, frozen)
+    assert torch.equal(extra, torch.ones(3))
+    assert all(record["decision"] != "fault" for record in optimizer.history)
