@@ -46,11 +46,6 @@ SPIKE_GROWTH = 2.0
 SPIKE_ALIGNMENT = 0.5
 SETBACK = 0.5
 RECOVERY = 0.03
-# beside the factor on the learning rate
-MOMENTUM_EXPONENT = -1 / 6
-STEADY = 0.3
-PUSH = 2.0
-PUSHED_FROM, PUSHED_TO = 0.3, 0.2
 
 
 def drift_law(observation: Observation) -> Decision:
@@ -87,11 +82,6 @@ def drift_law(observation: Observation) -> Decision:
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
-
-    What has been raised for half a window takes momentum down, as in 1cycle (Smith, arXiv 1803.09820):
-    Adam's remembers f^(1/6) times fewer steps, less where c − s < 0.3. And where f has been as large as it
-    may be and q > 0.3, the weights are pushed along their recent steps too, until q < 0.2. Neither with a
-    pull.
 
     Snapshots are closer together at first, see `interval_for`.
     """
@@ -134,13 +124,7 @@ def _decide(observation: Observation) -> Decision:
         why = "updates jump and turn, back to half"
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
-    return Decision(
-        scale,
-        f"{figures}: {why}",
-        momentum_scale=_momentum(observation, motion, scale),
-        push=_push(observation, motion, scale),
-        memory=memory,
-    )
+    return Decision(scale, f"{figures}: {why}", memory=memory)
 
 
 @dataclass(frozen=True)
@@ -158,12 +142,6 @@ class _Motion:
     drift: Drift
     newest: Newest
     a: float
-
-    @property
-    def coherence(self) -> float:
-        """The least of certain drift, persistence and alignment: how far every update goes the same way."""
-        seen, last = self.drift, self.newest
-        return min(seen.mean - seen.doubt, last.persistence, last.alignment)
 
 
 def _motion(observation: Observation) -> tuple[_Motion | None, str]:
@@ -191,12 +169,13 @@ def _wanted(
     observation: Observation, motion: _Motion, trend: Trend, explored: int, *, hurry: bool
 ) -> tuple[float, str]:
     """The factor on f that drift, coherence and loss ask for."""
-    thirds = _thirds(observation)
+    thirds, seen, last = _thirds(observation), motion.drift, motion.newest
     factor, why = 1.0, "the window is filling"
     if motion.full:
-        factor, why = _by_drift(observation, motion.drift)
-    fast = _fast(motion.coherence, hurry=hurry) ** thirds
-    if motion.coherence > COHERENT and fast > factor:
+        factor, why = _by_drift(observation, seen)
+    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
+    fast = _fast(coherence, hurry=hurry) ** thirds
+    if coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
         factor, why = 1.0, "the loss falls, hold"
@@ -267,33 +246,6 @@ def _limit(observation: Observation) -> float:
     step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
     factor_then = float(observation.scales[-1])
     return STRIDE * observation.weight_norm / step * factor_then / observation.scale
-
-
-def _raised(observation: Observation, scale: float) -> float:
-    """The factor that has been there for half a window: second moments lag behind one that leaps."""
-    return max(1.0, min(scale, float(observation.scales[len(observation.scales) // 2])))
-
-
-def _momentum(observation: Observation, motion: _Motion, scale: float) -> float:
-    """The factor on the steps that momentum remembers."""
-    if observation.pull:
-        return 1.0
-    raised = _raised(observation, scale)
-    share = np.clip((motion.drift.mean - motion.drift.doubt) / STEADY, 0.0, 1.0)
-    return float(raised ** (MOMENTUM_EXPONENT * share))
-
-
-def _push(observation: Observation, motion: _Motion, scale: float) -> float:
-    """The push along the recent steps, for where a larger learning rate is no way to go on."""
-    raised = _raised(observation, scale)
-    as_large = raised > 1 and raised >= 0.99 * observation.max_scale
-    if observation.pull or not as_large or motion.a > QUIET or motion.coherence < PUSHED_TO:
-        return 0.0
-    room = (1 + observation.push) * _limit(observation) * observation.scale / scale - 1
-    push = observation.push
-    if motion.coherence > PUSHED_FROM:
-        push += PUSH * _thirds(observation)
-    return max(0.0, min(push, PUSH, room))
 
 
 def _ceiling(observation: Observation, seen: Newest) -> dict[str, float]:
