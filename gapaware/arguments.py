@@ -52,6 +52,27 @@ def positive(
     return number
 
 
+def not_negative(name: str, value: Any, *, high: float = float("inf"), why: str) -> float:
+    """Return `value` if it is a finite number in [0, high].
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of bounds.
+
+    Example:
+        >>> not_negative("max_push", -1, why="the strongest push along the recent steps")
+        Traceback (most recent call last):
+        ValueError: max_push=-1: the strongest push along the recent steps; pass 0 <= max_push < inf
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: {why}; pass a number")
+    number = float(value)
+    if not (0.0 <= number < float("inf") and number <= high):
+        below = "<" if high == float("inf") else "<="
+        raise ValueError(f"{name}={value}: {why}; pass 0 <= {name} {below} {high}")
+    return number
+
+
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return `value` if it is one of `choices`.
 

@@ -53,6 +53,7 @@ class Observation:
         interval: steps between snapshots now.
         min_scale: smallest factor that the user allows.
         max_scale: largest factor that the user allows.
+        max_push: strongest push that the user allows.
         target: what the built-in laws steer to: a drift, in mode "retain" how fast the pull may give way.
         window: W.
         momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
@@ -78,6 +79,7 @@ class Observation:
     interval: int
     min_scale: float
     max_scale: float
+    max_push: float
     target: float
     window: int
     momentum_memory: int
@@ -97,8 +99,9 @@ class Decision:
         pull: share of the way back to the starting weights that follows each step, in [0, 1]; needs an
             anchor to pull to.
         momentum_scale: factor on the steps that the momentum of Adam or AdamW remembers, 1/(1 − β₁).
-        push: times the average of the recent steps that follows each step; not 0, it takes a copy of the
-            weights. A drift is then (1 + push) times as fast, and what bounces is not.
+        push: times the average of the recent steps that follows each step; kept within [0, max_push]. While
+            it is not 0 it takes a copy of the weights. A drift is then (1 + push) times as fast, and what
+            bounces is not.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -112,15 +115,15 @@ class Decision:
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 
-    def scales(self, low: float, high: float) -> Scales:
-        """The factors for the optimizer, the one on the learning rate kept within [low, high]."""
+    def scales(self, low: float, high: float, max_push: float) -> Scales:
+        """The factors for the optimizer: the one on the learning rate within [low, high], and the push."""
         scale = min(max(float(self.scale), low), high)
         return Scales(
             scale,
             weight_decay=float(self.weight_decay_scale),
             pull=float(self.pull),
             momentum=float(self.momentum_scale),
-            push=float(self.push),
+            push=min(float(self.push), max_push),
         )
 
 

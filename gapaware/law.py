@@ -46,6 +46,9 @@ SPIKE_GROWTH = 2.0
 SPIKE_ALIGNMENT = 0.5
 SETBACK = 0.5
 RECOVERY = 0.03
+# beside the factor on the learning rate
+MOMENTUM_EXPONENT = -1 / 6
+PUSHED_FROM, PUSHED_TO = 0.3, 0.2
 
 
 def drift_law(observation: Observation) -> Decision:
@@ -82,6 +85,10 @@ def drift_law(observation: Observation) -> Decision:
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
+
+    Where f has been as large as it may be for half a window and q > 0.3, the weights are pushed along their
+    recent steps, ever more up to `max_push` and until q < 0.2 or a > 3. As the push grows Adam's momentum
+    comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
 
     Snapshots are closer together at first, see `interval_for`.
     """
@@ -124,7 +131,14 @@ def _decide(observation: Observation) -> Decision:
         why = "updates jump and turn, back to half"
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
-    return Decision(scale, f"{figures}: {why}", memory=memory)
+    push = _push(observation, motion, scale)
+    return Decision(
+        scale,
+        f"{figures}: {why}",
+        momentum_scale=scale ** (MOMENTUM_EXPONENT * push / observation.max_push) if push else 1.0,
+        push=push,
+        memory=memory,
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,12 @@ class _Motion:
     drift: Drift
     newest: Newest
     a: float
+
+    @property
+    def coherence(self) -> float:
+        """The least of certain drift, persistence and alignment: how far every update goes the same way."""
+        seen, last = self.drift, self.newest
+        return min(seen.mean - seen.doubt, last.persistence, last.alignment)
 
 
 def _motion(observation: Observation) -> tuple[_Motion | None, str]:
@@ -169,13 +189,12 @@ def _wanted(
     observation: Observation, motion: _Motion, trend: Trend, explored: int, *, hurry: bool
 ) -> tuple[float, str]:
     """The factor on f that drift, coherence and loss ask for."""
-    thirds, seen, last = _thirds(observation), motion.drift, motion.newest
+    thirds = _thirds(observation)
     factor, why = 1.0, "the window is filling"
     if motion.full:
-        factor, why = _by_drift(observation, seen)
-    coherence = min(seen.mean - seen.doubt, last.persistence, last.alignment)
-    fast = _fast(coherence, hurry=hurry) ** thirds
-    if coherence > COHERENT and fast > factor:
+        factor, why = _by_drift(observation, motion.drift)
+    fast = _fast(motion.coherence, hurry=hurry) ** thirds
+    if motion.coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
         factor, why = 1.0, "the loss falls, hold"
@@ -246,6 +265,20 @@ def _limit(observation: Observation) -> float:
     step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
     factor_then = float(observation.scales[-1])
     return STRIDE * observation.weight_norm / step * factor_then / observation.scale
+
+
+def _push(observation: Observation, motion: _Motion, scale: float) -> float:
+    """The push along the recent steps, for where a larger learning rate is no way to go on."""
+    # for half a window: second moments lag behind a factor that leaps
+    raised = min(scale, float(observation.scales[len(observation.scales) // 2]))
+    as_large = raised > 1 and raised >= 0.99 * observation.max_scale
+    if observation.pull or not as_large or motion.a > QUIET or motion.coherence < PUSHED_TO:
+        return 0.0
+    room = (1 + observation.push) * _limit(observation) * observation.scale / scale - 1
+    push = observation.push
+    if motion.coherence > PUSHED_FROM:
+        push += observation.max_push * _thirds(observation)
+    return max(0.0, min(push, observation.max_push, room))
 
 
 def _ceiling(observation: Observation, seen: Newest) -> dict[str, float]:

@@ -15,6 +15,7 @@ class Mode:
         law: the built-in controller, None to observe only.
         target: what it steers to.
         max_scale: largest factor on the learning rate.
+        max_push: strongest push along the recent steps.
         first_pull: towards the starting weights, before there is anything to decide on; 0 in a mode that
             keeps none.
     """
@@ -22,12 +23,13 @@ class Mode:
     law: Controller | None
     target: float
     max_scale: float = 1.0
+    max_push: float = 0.0
     first_pull: float = 0.0
 
 
 AUTO = "auto"
 MODES = {
-    "escape": Mode(drift_law, DRIFT_TARGET, max_scale=64.0),
+    "escape": Mode(drift_law, DRIFT_TARGET, max_scale=64.0, max_push=2.0),
     "retain": Mode(retain_law, RETAIN_TARGET, first_pull=FIRST_PULL),
     "observe": Mode(None, DRIFT_TARGET),
 }

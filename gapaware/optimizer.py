@@ -58,6 +58,9 @@ class GapAware(Resumable):
         max_scale: largest factor on the learning rate; 64, and 1 with mode="retain", where a larger one
             lets a learning rate grow that is too small for the pull: for where old answers are held too.
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.
+        max_push: how many times the average of the recent steps may follow each step, with mode="escape"
+            where `max_scale` is not enough; 2. While it does, that takes a copy of the weights, and Adam's
+            momentum is shorter; 0 does without. No limit for a controller of yours.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
             the first step, or a state dict by parameter name, which needs a `base` made from
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
@@ -115,6 +118,7 @@ class GapAware(Resumable):
         target: float | None = None,
         max_scale: float | None = None,
         min_scale: float | None = None,
+        max_push: float | None = None,
         granularity: str = "global",
         anchor: str | Mapping[str, Tensor] | None = None,
         anchor_device: torch.device | str | None = None,
@@ -138,6 +142,7 @@ class GapAware(Resumable):
             target=target,
             max_scale=max_scale,
             min_scale=min_scale,
+            max_push=max_push,
             granularity=granularity,
             anchor=anchor,
             controller=controller,
@@ -164,6 +169,7 @@ class GapAware(Resumable):
             settled.controller,
             low=settled.min_scale,
             high=settled.max_scale,
+            max_push=settled.max_push,
             start=Scales(pull=settled.pull),
             target=settled.target,
             window=settled.window,
@@ -187,6 +193,7 @@ class GapAware(Resumable):
                 "target": settled.target,
                 "min_scale": settled.min_scale,
                 "max_scale": settled.max_scale,
+                "max_push": settled.max_push,
                 **self._observer.settings,
             },
         )

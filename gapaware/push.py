@@ -4,7 +4,7 @@
 weights bounce cancel in m, those in which they drift add up. How strong the push λ is, is not decided here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Push:
             groups: of the wrapped optimizer, after its step.
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
+
+        Raises:
+            MemoryError: a copy of the weights might be what training lacks later on.
         """
         before, self._behind = self._behind, {}
         chosen_by = by_group if by_parameter is None else by_parameter.values()
@@ -59,6 +62,7 @@ class Push:
             return
         rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        begin = []
         for place, parameter in _trainable(groups):
             chosen = by_group[place[0]]
             if by_parameter is not None:
@@ -67,13 +71,16 @@ class Push:
                 continue
             behind = before.get(place)
             if behind is None or behind.shape != parameter.shape:
-                self._behind[place] = parameter.detach().clone()
+                begin.append((place, parameter))
                 continue
             self._behind[place] = behind = behind.to(parameter.device, parameter.dtype)
             here, lagging = local(parameter), local(behind)
             moved, along = alike.setdefault((chosen.push, here.device, here.dtype), ([], []))
             moved.append(here)
             along.append(lagging)
+        _check_room([parameter for _, parameter in begin])
+        for place, parameter in begin:
+            self._behind[place] = parameter.detach().clone()
         for (push, _, _), (to, behind_them) in alike.items():
             # m = rate·(θ − s), and what s lags behind afterwards is (1 − rate)/rate·m
             torch._foreach_lerp_(to, behind_them, -push * rate)
@@ -98,6 +105,31 @@ class Push:
                 raise ValueError(f"the push has a weight {key} that fits no parameter")
             behind[group, index] = saved.to(parameter.device, parameter.dtype, copy=True)
         self._behind = behind
+
+
+def _check_room(parameters: Iterable[Tensor]) -> None:
+    """Refuse a copy where the device has no memory for it beside the most that training has ever taken.
+
+    Raises:
+        MemoryError: that is so, on a CUDA device; of others it is not known.
+    """
+    needed: dict[torch.device, int] = {}
+    for parameter in map(local, parameters):
+        if parameter.is_cuda:
+            size = parameter.numel() * parameter.element_size()
+            needed[parameter.device] = needed.get(parameter.device, 0) + size
+    for device, size in needed.items():
+        room = _room(device)
+        if size > room:
+            raise MemoryError(
+                f"{size / 2**20:.0f} MiB on {device} for a copy of the weights, {room / 2**20:.0f} are free"
+            )
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that nobody has taken when training takes as much as it ever did."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_reserved(device)
 
 
 def _trainable(groups: Groups) -> Iterator[tuple[Place, Tensor]]:

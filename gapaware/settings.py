@@ -31,6 +31,7 @@ class Settings:
         target: what the built-in law steers to.
         min_scale: smallest factor on the learning rate.
         max_scale: largest factor.
+        max_push: strongest push along the recent steps.
         pull: towards the starting weights, before there is anything to decide on.
         anchor: what to pull to, or None.
     """
@@ -42,6 +43,7 @@ class Settings:
     target: float
     min_scale: float
     max_scale: float
+    max_push: float
     pull: float
     anchor: str | Mapping[str, Tensor] | None
 
@@ -56,6 +58,7 @@ def settle(
     target: float | None,
     max_scale: float | None,
     min_scale: float | None,
+    max_push: float | None,
     granularity: str,
     anchor: str | Mapping[str, Tensor] | None,
     controller: Controller | None,
@@ -71,8 +74,8 @@ def settle(
 
     Example:
         >>> settled = settle([{"betas": (0.9, 0.999)}], mode="retain", window=10, interval="auto",
-        ...     sketch_dim=64, target=None, max_scale=None, min_scale=None, granularity="global",
-        ...     anchor=None, controller=None, history_size=1, seed=0)
+        ...     sketch_dim=64, target=None, max_scale=None, min_scale=None, max_push=None,
+        ...     granularity="global", anchor=None, controller=None, history_size=1, seed=0)
         >>> settled.interval, settled.max_scale, settled.anchor
         (5, 1.0, 'init')
     """
@@ -114,6 +117,14 @@ def settle(
         high=1.0,
         why="the smallest factor on the learning rate",
     )
+    push = float("inf") if controller is not None else chosen.max_push
+    if max_push is not None:
+        push = arguments.not_negative(
+            "max_push",
+            max_push,
+            high=float("inf") if push else 0.0,
+            why=f'the strongest push along the recent steps with mode="{mode}"',
+        )
     arguments.integer("history_size", history_size, low=1, why="records kept in memory")
     arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
@@ -127,6 +138,7 @@ def settle(
         target=target,
         min_scale=low,
         max_scale=high,
+        max_push=push,
         pull=chosen.first_pull if controller is None else 0.0,
         anchor=_anchor(anchor, mode, chosen, controller),
     )

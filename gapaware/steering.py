@@ -43,6 +43,7 @@ class Steering:
         controller: None to observe only.
         low: smallest factor on the learning rate.
         high: largest factor.
+        max_push: strongest push along the recent steps.
         start: first factors.
         target: what the built-in laws steer to.
         window: W.
@@ -55,13 +56,14 @@ class Steering:
         *,
         low: float,
         high: float,
+        max_push: float,
         start: Scales,
         target: float,
         window: int,
         together: bool,
     ) -> None:
         self._controller = controller
-        self._low, self._high = low, high
+        self._low, self._high, self._max_push = low, high, max_push
         self._start = start
         self._target = target
         self._window = window
@@ -70,21 +72,30 @@ class Steering:
 
     def restart(self) -> None:
         """Go back to the first factor and an empty memory."""
+        self._may_push = True
         self._scales: dict[str, Scales] = {}
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._undecided = self._start
 
     def release(self, *, keep_memory: bool) -> None:
-        """Take every factor off, until the controller sets one again.
+        """Take every factor off, until the controller sets one again; a push for good.
 
         Args:
             keep_memory: of the controller. Not where ranks have to agree, since the one that had the fault
                 may remember something else, nor where it may be what the fault comes from.
         """
+        if any(scales.push for scales in self._scales.values()):
+            # it takes memory: what went wrong may be the lack of it
+            self._may_push = False
         self._scales = {}
         if not keep_memory:
             self._memory = {}
         self._undecided = NEUTRAL
+
+    @property
+    def max_push(self) -> float:
+        """Strongest push that a decision may ask for now."""
+        return self._max_push if self._may_push else 0.0
 
     def scales(self, row: str) -> Scales:
         """The factors on a row now."""
@@ -138,7 +149,7 @@ class Steering:
                 decision = as_decision(self._controller(observation))
             except Exception as error:
                 raise ControllerFault(f"{type(error).__name__}: {error}") from error
-            after = decision.scales(self._low, self._high)
+            after = decision.scales(self._low, self._high, self.max_push)
             decided[name] = (after, decision.memory)
             size = abs(np.log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
             largest = max(largest, (size, action(before.lr, after.lr), decision.why))
@@ -196,6 +207,7 @@ class Steering:
             interval=now.interval,
             min_scale=self._low,
             max_scale=self._high,
+            max_push=self.max_push,
             target=self._target,
             window=self._window,
             momentum_memory=now.momentum_memory,
@@ -210,6 +222,7 @@ class Steering:
             "scales": {name: list(astuple(scales)) for name, scales in self._scales.items()},
             "undecided": list(astuple(self._undecided)),
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
+            "may_push": self._may_push,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,13 +232,23 @@ class Steering:
             ValueError: a factor is negative or not finite.
             Exception: the state is not made by `state_dict`.
         """
-        scales = {str(name): self._bounded(*saved) for name, saved in state["scales"].items()}
+        may_push = bool(state.get("may_push", True))
+        max_push = self._max_push if may_push else 0.0
+        scales = {
+            str(name): self._bounded(max_push, *saved) for name, saved in state["scales"].items()
+        }
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
-        undecided = self._bounded(*state["undecided"])
-        self._scales, self._memory, self._undecided = scales, memory, undecided
+        undecided = self._bounded(max_push, *state["undecided"])
+        self._may_push, self._scales, self._memory, self._undecided = (
+            may_push,
+            scales,
+            memory,
+            undecided,
+        )
 
     def _bounded(
         self,
+        max_push: float,
         lr: float,
         weight_decay: float,
         pull: float = 0.0,
@@ -235,7 +258,7 @@ class Steering:
         decision = Decision(
             lr, weight_decay_scale=weight_decay, pull=pull, momentum_scale=momentum, push=push
         )
-        return as_decision(decision).scales(self._low, self._high)
+        return as_decision(decision).scales(self._low, self._high, max_push)
 
 
 @dataclass(frozen=True)

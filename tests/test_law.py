@@ -11,6 +11,7 @@ from gapaware.law import (
     DRIFT_TARGET,
     GROWTH,
     LEAP,
+    MOMENTUM_EXPONENT,
     PATIENCE,
     PROBING,
     RECOVERY,
@@ -49,6 +50,7 @@ def observe(updates, *, lrs=None, scale=1.0, memory=None, target=DRIFT_TARGET, *
         "interval": int(SPAN),
         "min_scale": 1.0,
         "max_scale": 64.0,
+        "max_push": 2.0,
         "target": target,
         "window": W,
         "momentum_memory": 15,
@@ -431,6 +433,71 @@ def test_noise_alone_is_neither_a_rise_nor_a_fall():
     # one and two standard errors, a tail each; the error itself is estimated
     assert said["falls"] < 75
     assert said["rises"] < 25
+
+
+def pushing(x=None, *, scale=64.0, **more):
+    """The decision where every update has gone the same way at the largest factor."""
+    return drift_law(observe(updates(2.0) if x is None else x, scale=scale, **more))
+
+
+def test_coherent_motion_at_the_largest_factor_is_pushed():
+    first = pushing()
+    assert first.scale == 64.0
+    assert first.push == pytest.approx(2.0)  # an update spans a third of the memory
+    # as the push grows Adam's momentum comes down
+    assert first.momentum_scale == pytest.approx(64.0**MOMENTUM_EXPONENT)
+    slower = pushing(spans=np.full(W + 1, 2.5))
+    assert slower.push == pytest.approx(1.0)
+    assert slower.momentum_scale == pytest.approx(64.0 ** (MOMENTUM_EXPONENT / 2))
+    assert pushing(push=2.0).push == 2.0
+    assert pushing(max_push=0.5).push == 0.5
+    without = pushing(max_push=0.0)
+    assert (without.push, without.momentum_scale) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"scale": 32.0},
+        # it leapt to 64 within half a window: second moments lag behind
+        {"scales": np.repeat([1.0, 64.0], [6, 5])},
+        {"pull": 0.1},
+        {"x": updates(0.0)},
+        {"x": updates(2.0) * (-1.0) ** np.arange(W + 1)[:, None]},
+        # the schedule cools down
+        {"lrs": np.linspace(1e-3, 4e-4, W + 1)},
+        # nothing to grow
+        {"scale": 1.0, "max_scale": 1.0},
+    ],
+)
+def test_nothing_else_is_pushed(unlike):
+    decision = pushing(**{"push": 2.0, **unlike})
+    assert (decision.push, decision.momentum_scale) == (0.0, 1.0)
+
+
+def test_a_push_stays_until_coherence_is_lost():
+    some = updates(0.6)
+    seen = pushing(some)
+    assert seen.push == 0.0
+    assert pushing(some, push=1.5).push == 1.5
+
+
+def test_a_turning_spectrum_vetoes_the_push():
+    # of one direction, to which updates of any size belong, and of two that share them
+    kept, turning = (
+        pushing(updates(0.7) * np.where(np.arange(W + 1) % 2, least, 2 - least)[:, None], push=2.0)
+        for least in (1.0, 0.5)
+    )
+    assert (kept.push, turning.push) == (2.0, 0.0)
+
+
+def test_a_push_takes_steps_no_further_than_the_weights_allow():
+    x = updates(2.0)
+    step = np.linalg.norm(x[-1]) / SPAN
+    assert pushing(x, weight_norm=2.5 * step / STRIDE).push == pytest.approx(1.5)
+    # what was seen had the push in it already
+    assert pushing(x, weight_norm=step / STRIDE, push=1.5).push == pytest.approx(1.5)
+    assert pushing(x, weight_norm=0.5 * step / STRIDE).push == 0.0
 
 
 def test_retain_law_gives_way_adiabatically():

@@ -404,18 +404,21 @@ decisions = st.builds(
 
 
 @given(
-    answer=decisions | numbers | st.lists(numbers), low=st.floats(1e-3, 1), high=st.floats(1, 99)
+    answer=decisions | numbers | st.lists(numbers),
+    low=st.floats(1e-3, 1),
+    high=st.floats(1, 99),
+    max_push=st.floats(0, 9) | st.just(math.inf),
 )
-def test_an_answer_is_sound_or_refused(answer, low, high):
+def test_an_answer_is_sound_or_refused(answer, low, high, max_push):
     try:
         decision = as_decision(answer)
     except (TypeError, ValueError, AttributeError, OverflowError):
         return
-    factors = decision.scales(low, high)
+    factors = decision.scales(low, high, max_push)
     assert low <= factors.lr <= high
     assert 0 <= factors.weight_decay < math.inf
     assert 0 < factors.momentum < math.inf
-    assert 0 <= factors.push < math.inf
+    assert 0 <= factors.push <= min(max_push, 1e308)
     assert decision.interval is None or decision.interval >= 1
     assert_equal(through_a_file(decision.memory), decision.memory)
 

@@ -6,8 +6,10 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from gapaware import Decision, GapAware, OwnState
+from gapaware import push as push_module
 from gapaware.push import Push
 from gapaware.scaling import Scales
 
@@ -170,6 +172,52 @@ def test_a_fault_in_the_push_never_costs_the_run(monkeypatch):
         train(model, optimizer, range(20))
     train(alone, torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.9), range(20))
     assert equal(model, alone)
+
+
+def test_a_fault_is_the_last_of_the_push_but_not_of_the_factor(monkeypatch):
+    """For what was wrong may be the lack of memory; a resumed run and a copy know it too."""
+    model = network()
+    given = {"controller": lambda seen: Decision(2.0, push=2.0)}
+    optimizer = pushed(model, **given)
+    train(model, optimizer, range(20))
+    assert optimizer.history[-1]["push"] == 2.0
+    with monkeypatch.context() as patched:
+        patched.setattr(Push, "__call__", lambda *_: 1 / 0)
+        with pytest.warns(UserWarning, match="took its factors off"):
+            train(model, optimizer, [20])
+    train(model, optimizer, range(21, 50))
+    assert optimizer.scales == [2.0]
+    assert "push" not in optimizer.history[-1]
+    resumed = pushed(network(), **given)
+    resumed.load_state_dict(optimizer.state_dict())
+    model.load_state_dict(model.state_dict())
+    train(model, resumed, range(50, 70))
+    assert resumed.scales == [2.0]
+    assert "push" not in resumed.history[-1]
+
+
+def test_no_more_than_the_user_allows():
+    model = network()
+    optimizer = pushed(model, push=9.0, max_push=0.5)
+    train(model, optimizer, range(20))
+    assert optimizer.history[-1]["push"] == 0.5
+    # loaded where none is allowed, what was saved is not
+    without = pushed(network(), push=9.0, max_push=0)
+    without.load_state_dict(optimizer.state_dict())
+    assert all(scales.push == 0 for scales in without._begin()[0])
+
+
+def test_no_copy_that_training_may_lack_the_memory_for(monkeypatch):
+    """What is free when training takes as much as it ever did, here 100 bytes of each device."""
+    monkeypatch.setattr(push_module, "_room", lambda device: 100)
+    with FakeTensorMode():
+        small, large = (nn.Parameter(torch.zeros(n, device="cuda")) for n in (20, 30))
+        on_the_cpu = nn.Parameter(torch.zeros(1000))
+        Push()([{"params": [small, on_the_cpu]}], [Scales(push=1.0)])
+        with pytest.raises(MemoryError, match="for a copy of the weights"):
+            Push()([{"params": [large]}], [Scales(push=1.0)])
+        with pytest.raises(MemoryError, match="for a copy of the weights"):
+            Push()([{"params": [small, small]}], [Scales(push=1.0)])
 
 
 def test_parameters_that_come_go_and_change_shape():
