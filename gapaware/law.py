@@ -16,7 +16,10 @@ from gapaware.trend import Trend
 
 DRIFT_TARGET = 0.06
 
-# by drift, all rates per third of the momentum's memory
+# all rates are per third of the momentum's memory, as far as that is not a long one
+LONG_MEMORY = 15
+FASTEST_PACE = 2.0
+# by drift
 GAIN = 0.1
 GROWTH = 1.16
 SHRINKAGE = 0.9
@@ -56,9 +59,11 @@ def drift_law(observation: Observation) -> Decision:
 
     The drift c ± s of the window (see `gapaware.drift`), its adiabaticity a per learning rate, the target
     c*, the newest update's persistence and alignment, and the trend of the loss, where it is logged, move
-    the factor f. With n the thirds of the momentum's memory that an update spans, 1 at most:
+    the factor f. With n the thirds of the momentum's memory, or of 15 steps where it is longer, that an
+    update spans (1 at most, 2 with a memory of 30 steps or more, such as Muon's):
 
-        f · min(((c − s)/c*)^gain, growth)^n    where c − s > c*: steady drift; 4-fold in a window at most
+        f · min(((c − s)/c*)^gain, growth)^n    where c − s > c*: steady drift; 4-fold in a window at
+                                                most, 8-fold with such a memory
         f · max(1/2 + q, 1.3)^n                 where q > 1/2, q the least of c − s, persistence and
                                                 alignment: every update goes the same way
         f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
@@ -77,10 +82,10 @@ def drift_law(observation: Observation) -> Decision:
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
     weights nothing leaps.
 
-    Only coherence and leaps act before the window is full and the run has lasted for W + 1 thirds of the
-    momentum's memory. f does not grow where a > 3, unless the loss stands still; nor while the schedule
-    warms up, nor so far that a step moves the weights by more than 15 % of their norm; and it stays once
-    the schedule has come down below half of its peak.
+    Only coherence and leaps act before the window is full and the run has lasted for W + 1 such thirds. f
+    does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, nor so far
+    that a step moves the weights by more than 15 % of their norm; and it stays once the schedule has come
+    down below half of its peak.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
@@ -170,9 +175,7 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
     moved = (np.diag(observation.gram) > 0) & (distances > 0)
     updates = observation.window + 1
     # close snapshots at first fill a window before it spans enough
-    full = (
-        len(moved) >= updates and SPAN * observation.step >= updates * observation.momentum_memory
-    )
+    full = len(moved) >= updates and SPAN * observation.step >= updates * _unit(observation)
     if not moved.all() or len(moved) < min(FEWEST_UPDATES, updates):
         return None, "the window is filling"
     gram, spans = per_learning_rate(observation.gram, distances), observation.spans
@@ -249,8 +252,8 @@ def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
     if certain > observation.target:
         factor = min((certain / observation.target) ** GAIN, GROWTH) ** thirds
         # a window sees late what a factor does
-        room = WINDOW_GROWTH * observation.scales[1] / observation.scale
-        return max(1.0, min(factor, float(room))), "steady drift, grow"
+        room = WINDOW_GROWTH * _pace(observation) * float(observation.scales[1]) / observation.scale
+        return max(1.0, min(factor, room)), "steady drift, grow"
     factor, why = 1.0, "drift near its target, hold"
     if seen.mean < observation.target:
         factor = max(seen.mean / observation.target, LEAST_DRIFT) ** (GAIN * thirds)
@@ -297,6 +300,16 @@ def _ceiling(observation: Observation, seen: Newest) -> dict[str, float]:
     return {"ceiling": ceiling, "spikes": spikes, "known_until": known_until}
 
 
+def _unit(observation: Observation) -> float:
+    """Steps in whose thirds the rates are: the momentum's memory, up to 15."""
+    return min(observation.momentum_memory, LONG_MEMORY)
+
+
 def _thirds(observation: Observation) -> float:
-    """Thirds of the momentum's memory in the newest update, 1 at most."""
-    return min(1.0, 3 * float(observation.spans[-1]) / observation.momentum_memory)
+    """Thirds of the unit in the newest update: 1 at most, up to 2 where momentum remembers for longer."""
+    return min(_pace(observation), 3 * float(observation.spans[-1]) / _unit(observation))
+
+
+def _pace(observation: Observation) -> float:
+    """Units in the momentum's memory, 2 at most: with a long one snapshots are far apart."""
+    return min(observation.momentum_memory / _unit(observation), FASTEST_PACE)

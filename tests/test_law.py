@@ -112,12 +112,33 @@ def test_growth_is_in_units_of_the_momentum_memory():
     assert seldom.scale == pytest.approx(GROWTH)
 
 
+@pytest.mark.parametrize(
+    ("memory", "span", "thirds"),
+    [(15, 5, 1), (20, 7, 4 / 3), (30, 10, 2), (30, 4, 0.8), (300, 99, 2)],
+)
+def test_a_long_memory_is_not_waited_for(memory, span, thirds):
+    """As Muon's 30 steps: the rates are those of AdamW's 15, a step, of which an update has more."""
+    given = {"momentum_memory": memory, "spans": np.full(W + 1, span), "step": 5000}
+    steady = drift_law(observe(updates(0.7), scale=2.0, **given))
+    assert steady.scale == pytest.approx(2.0 * GROWTH**thirds)
+
+
+def test_a_window_of_a_long_memory_is_full_as_soon_as_one_of_adamw():
+    given = {"momentum_memory": 30, "spans": np.full(W + 1, 5.0)}
+    assert drift_law(observe(updates(0.7), step=54, **given)).scale == 1.0
+    assert drift_law(observe(updates(0.7), step=55, **given)).scale == pytest.approx(GROWTH)
+
+
 def test_drift_grows_the_factor_no_more_than_fourfold_in_a_window():
     scales = np.linspace(1.0, 4.9, W + 1)
     x = updates(0.7) * scales[:, None]
     decision = drift_law(observe(x, scale=4.9, scales=scales))
     assert decision.scale == pytest.approx(WINDOW_GROWTH * scales[1])
     assert drift_law(observe(x, scale=8.0, scales=scales)).scale == 8.0
+    # with a memory twice as long it covers twice the steps
+    given = {"momentum_memory": 30, "spans": np.full(W + 1, 10.0), "step": 200}
+    twice = drift_law(observe(x, scale=10.5, scales=scales, **given))
+    assert twice.scale == pytest.approx(2 * WINDOW_GROWTH * scales[1])
 
 
 def test_coherent_motion_grows_faster_and_before_the_window_is_full():
