@@ -137,6 +137,8 @@ def _decide(observation: Observation) -> Decision:
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
     push = _push(observation, motion, scale)
+    if push:
+        why = f"{why}, and push"
     return Decision(
         scale,
         f"{figures}: {why}",

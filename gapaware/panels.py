@@ -118,7 +118,7 @@ def paint_adiabaticity(ax: Axes, records: Sequence[Record]) -> Labels:
 
 
 def paint_scale(ax: Axes, records: Sequence[Record]) -> Labels:
-    """The factor on the learning rate, and those of blocks and weight decay where they differ."""
+    """The factor on the learning rate, those of blocks and weight decay where they differ, and pushes."""
     from matplotlib.ticker import FuncFormatter
 
     ax.set_ylabel("lr scale")
@@ -133,6 +133,13 @@ def paint_scale(ax: Axes, records: Sequence[Record]) -> Labels:
     ax.fill_between(steps[kept], slower, 1, step="post", color=BLUE, alpha=0.25, linewidth=0)
     ax.axhline(1, color=GREY, linewidth=0.8)
     labels = []
+    pushed = np.nan_to_num(series(records, "push")) > 0
+    if pushed.any():
+        strip = ax.fill_between(
+            steps, 0.94, 1, where=list(pushed), step="post", color=RED, linewidth=0
+        )
+        strip.set_transform(ax.get_xaxis_transform())
+        labels.append((float(np.nanmax(scale)), "pushed (strip)", RED))
     if blocks.ndim == 2:
         for edge, name in ((np.fmin.reduce, "slowest block"), (np.fmax.reduce, "fastest block")):
             values = edge(blocks, axis=1)

@@ -54,6 +54,7 @@ def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str
         "raised": _first_and_last(records, "raise"),
         "lowered": _first_and_last(records, "lower"),
         "scale": {**_range(scale), "median": _median(scale)},
+        "push": _push(records),
         "lr": _range(_numbers(records, "lr")),
         "lr_scaled": _range(_numbers(records, "lr_scaled")),
         "gap_position": _most_common(records, "spectrum.gap_position"),
@@ -95,6 +96,7 @@ def summarize(header: Mapping[str, Any], records: Sequence[Record]) -> str:
         "regime": ", ".join(f"{name} {_percent(part)}" for name, part in found["regimes"].items()),
         "decision": _decision_line(found),
         "scale": _scale_line(found),
+        "push": _push_line(found),
         "lr": _lr_line(found),
         "gap": _gap_line(found),
         "a": _adiabaticity_line(found),
@@ -170,6 +172,14 @@ def _first_and_last(records: Sequence[Record], decision: str) -> list[int] | Non
     return [steps[0], steps[-1]] if steps else None
 
 
+def _push(records: Sequence[Record]) -> dict[str, float] | None:
+    pushed = [record for record in records if record.get("push")]
+    if not pushed:
+        return None
+    largest = max(float(record["push"]) for record in pushed)
+    return {"first": pushed[0]["step"], "last": pushed[-1]["step"], "max": largest}
+
+
 def _most_common(records: Sequence[Record], name: str) -> dict[str, float] | None:
     positions = Counter(_values(records, name))
     if not positions:
@@ -205,6 +215,15 @@ def _scale_line(found: Mapping[str, Any]) -> str:
     if scale["min"] == scale["max"]:
         return f"{scale['min']:.3g} throughout"
     return f"{_span(scale)}, median {scale['median']:.3g}"
+
+
+def _push_line(found: Mapping[str, Any]) -> str:
+    push = found["push"]
+    if push is None:
+        return ""
+    return (
+        f"up to {push['max']:.3g} times the recent steps (steps {push['first']} - {push['last']})"
+    )
 
 
 def _lr_line(found: Mapping[str, Any]) -> str:

@@ -464,6 +464,7 @@ def pushing(x=None, *, scale=64.0, **more):
 def test_coherent_motion_at_the_largest_factor_is_pushed():
     first = pushing()
     assert first.scale == 64.0
+    assert first.why.endswith(", and push")
     assert first.push == pytest.approx(2.0)  # an update spans a third of the memory
     # as the push grows Adam's momentum comes down
     assert first.momentum_scale == pytest.approx(64.0**MOMENTUM_EXPONENT)

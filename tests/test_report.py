@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import matplotlib as mpl
+import matplotlib.colors
 import numpy as np
 import pytest
 
 from gapaware.cli import main
 from gapaware.figure import draw
 from gapaware.history import History
+from gapaware.panels import RED
 from gapaware.report import statistics, summarize, write_figure, write_report
 from gapaware.spectrum import REGIME_BOUNDS
 
@@ -95,7 +97,7 @@ def known_run():
         snapshot(10, a=0.05, loss=3.0),
         snapshot(20, a=0.05, decision="raise", scale=2.0, risk=0.02),
         fault(25),
-        snapshot(30, a=0.5, decision="raise", scale=8.0, gap_position=2, lr=(1e-3, 5e-4)),
+        snapshot(30, a=0.5, decision="raise", scale=8.0, gap_position=2, lr=(1e-3, 5e-4), push=1.5),
         snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01),
     ]
 
@@ -107,6 +109,7 @@ def test_statistics_of_a_run_worked_out_by_hand():
     assert found["raised"] == [20, 30]
     assert found["lowered"] == [40, 40]
     assert found["scale"] == {"min": 1.0, "max": 8.0, "median": 2.0}
+    assert found["push"] == {"first": 30, "last": 30, "max": 1.5}
     assert found["lr"] == {"min": 5e-4, "max": 1e-3}
     assert found["lr_scaled"] == {"min": 1e-3, "max": 8e-3}
     assert found["gap_position"] == {"mode": 1, "share": 0.75}
@@ -145,6 +148,7 @@ def test_summary_reads_as_a_table():
         "regime": "plateau 50%, steady 25%, transition 25%",
         "decision": "raise 2 (steps 20 - 30), hold 1, lower 1 (steps 40 - 40)",
         "scale": "1 - 8, median 2",
+        "push": "up to 1.5 times the recent steps (steps 30 - 30)",
         "lr": "0.0005 - 0.001 scheduled, 0.001 - 0.008 applied",
         "gap": "after mode 1 in 75% of snapshots (thesis: 2 in 100%), ratio R 2",
         "a": "median 0.28",
@@ -218,6 +222,23 @@ def test_the_scale_line_shows_the_scale():
     drawn = [line.get_ydata() for line in lines]
     wanted = [record["scale"] for record in records]
     assert any(len(ys) == len(wanted) and np.array_equal(ys, wanted) for ys in drawn)
+
+
+def test_a_push_is_shown_where_there_was_one():
+    def strips(records):
+        ax = panels(draw(records))["scale"]
+        red = mpl.colors.to_rgba(RED)
+        return [area for area in ax.collections if np.array_equal(area.get_facecolor(), [red])]
+
+    records = a_run()
+    assert not strips(records)
+    for record in records[10:20]:
+        record["push"] = 2.0
+    (strip,) = strips(records)
+    (path,) = strip.get_paths()
+    steps = [record["step"] for record in records]
+    assert path.vertices[:, 0].min() == steps[10]
+    assert steps[19] <= path.vertices[:, 0].max() <= steps[20]
 
 
 def test_several_runs_stand_side_by_side_on_the_same_axes():
