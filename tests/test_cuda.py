@@ -13,7 +13,7 @@ from models import batch, mlp, same_parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gapaware import Composite, GapAware, reference
+from gapaware import Composite, Decision, GapAware, reference
 from gapaware.observer import Observer
 from gapaware.refusals import Unsupported
 from gapaware.sketch import CHUNK, CountSketch
@@ -238,6 +238,25 @@ def test_step_never_waits(base, granularity):
     assert sum(record["spectrum"] is not None for record in optimizer.history) > 30
     # a factor other than 1 was in force on the way, too
     assert max(optimizer.scales) > 1
+
+
+@cuda
+def test_a_push_does_not_wait_and_needs_room(monkeypatch):
+    def always(_):
+        return Decision(1.0, push=1.0)
+
+    model = mlp().to(GPU)
+    optimizer = GapAware(BASES["adamw fused"](model), controller=always, **WATCH)
+    train(model, optimizer, 60, NoWaiting)
+    assert not faults(optimizer), faults(optimizer)
+    assert optimizer.history[-1]["push"] == 1.0
+    # what a person's run has reserved stays its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    model = mlp().to(GPU)
+    optimizer = GapAware(BASES["adamw fused"](model), controller=always, **WATCH)
+    with pytest.warns(UserWarning, match="for a copy of the weights"):
+        train(model, optimizer, 60)
+    assert "push" not in optimizer.history[-1]
 
 
 @cuda
