@@ -103,7 +103,7 @@ def drift_law(observation: Observation) -> Decision:
 
 def _decide(observation: Observation) -> Decision:
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
-    memory = {**observation.memory, "highest_lr": highest}
+    memory = {**observation.memory, "highest_lr": highest, "push": observation.push}
     trend = None
     if observation.loss is not None and isfinite(observation.loss):
         trend = Trend.from_memory(memory.get("trend")).after(observation.loss)
@@ -266,8 +266,10 @@ def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
 
 
 def _limit(observation: Observation) -> float:
-    """The factor on f at which a step moves the weights by 15 % of their norm."""
+    """The factor on f at which a step without a push moves the weights by 15 % of their norm."""
     step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
+    # the push in force during the newest update is the one before today's
+    step /= 1 + float(observation.memory.get("push", 0.0))
     factor_then = float(observation.scales[-1])
     return STRIDE * observation.weight_norm / step * factor_then / observation.scale
 
@@ -279,7 +281,7 @@ def _push(observation: Observation, motion: _Motion, scale: float) -> float:
     as_large = raised > 1 and raised >= 0.99 * observation.max_scale
     if observation.pull or not as_large or motion.a > QUIET or motion.coherence < PUSHED_TO:
         return 0.0
-    room = (1 + observation.push) * _limit(observation) * observation.scale / scale - 1
+    room = _limit(observation) * observation.scale / scale - 1
     push = observation.push
     if motion.coherence > PUSHED_FROM:
         push += observation.max_push * _thirds(observation)

@@ -211,7 +211,10 @@ def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
     decision = drift_law(observe(x, peak_lr=3e-3))
     assert decision.scale == 1.0
     assert "cools down" in decision.why
-    assert decision.memory == {"highest_lr": 1e-3}  # it may be one that the schedule never reaches
+    assert decision.memory == {
+        "highest_lr": 1e-3,
+        "push": 0.0,
+    }  # it may be one that the schedule never reaches
 
     lrs = np.linspace(1e-5, 1e-4, W + 1)
     warming = {"lrs": lrs, "peak_lr": 1e-3, "scale": 4.0}
@@ -517,9 +520,16 @@ def test_a_push_takes_steps_no_further_than_the_weights_allow():
     x = updates(2.0)
     step = np.linalg.norm(x[-1]) / SPAN
     assert pushing(x, weight_norm=2.5 * step / STRIDE).push == pytest.approx(1.5)
-    # what was seen had the push in it already
-    assert pushing(x, weight_norm=step / STRIDE, push=1.5).push == pytest.approx(1.5)
     assert pushing(x, weight_norm=0.5 * step / STRIDE).push == 0.0
+    # a push of today was not in what was seen, that of the decision before was
+    unseen = pushing(x, weight_norm=1.5 * step / STRIDE, push=1.5)
+    assert unseen.push == pytest.approx(0.5)
+    later = pushing(x, weight_norm=step / STRIDE, push=1.5, memory=unseen.memory)
+    assert later.push == pytest.approx(1.5)
+    assert later.scale == 64.0
+    # the push gives way before the factor does
+    less = pushing(x, weight_norm=0.5 * step / STRIDE, push=1.5, memory=unseen.memory)
+    assert (less.scale, less.push) == (64.0, pytest.approx(0.25))
 
 
 def test_retain_law_gives_way_adiabatically():
