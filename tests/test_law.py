@@ -201,7 +201,7 @@ def test_cooling_down_holds_whatever_is_seen():
         decision = drift_law(observe(x, scale=4.0, memory={"highest_lr": 3e-3}))
         assert decision.scale == 4.0
         assert "cools down" in decision.why
-        assert decision.memory == {"highest_lr": 3e-3}
+        assert decision.memory == {"highest_lr": 3e-3, "push": 0.0}
 
 
 def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
