@@ -74,6 +74,18 @@ class Sharing:
             dist.all_reduce(sketches, group=_group(self))
         return sketches
 
+    def everywhere(self, holds: bool, device: torch.device) -> bool:
+        """Whether what holds on this rank holds on all of them, which waits for their answers.
+
+        Args:
+            holds: on this rank.
+            device: of the parameters.
+        """
+        if not self.ranks:
+            return holds
+        doubts = torch.tensor(0.0 if holds else 1.0, device=self.home(device))
+        return not self.add_up(doubts).item()
+
 
 def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sharing:
     """Find out which ranks have to add up their sketches.

@@ -15,7 +15,7 @@ from gapaware import arguments, layout
 from gapaware.anchor import Anchor
 from gapaware.controller import Controller
 from gapaware.delegation import is_number
-from gapaware.distributed import Unsupported, alone, is_first, sharing
+from gapaware.distributed import Sharing, Unsupported, alone, is_first, sharing
 from gapaware.history import History
 from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
@@ -277,7 +277,7 @@ class GapAware(Resumable):
             with self._guarded("the pull towards the start"):
                 self._anchor.pull(self.base.param_groups, by_group, by_parameter)
         with self._guarded("the push along the recent steps"):
-            self._push(self.base.param_groups, by_group, by_parameter)
+            self._push(self.base.param_groups, by_group, by_parameter, self._ranks)
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1
@@ -411,9 +411,12 @@ class GapAware(Resumable):
             self.seconds += time.perf_counter() - begun
 
     def _is_shared(self) -> bool:
+        return bool(self._ranks().ranks)
+
+    def _ranks(self) -> Sharing:
         parameters = (p for group in self.base.param_groups for p in group["params"])
         trainable = (p for p in parameters if p.requires_grad)
-        return bool(sharing(trainable, self._observer.replicas).ranks)
+        return sharing(trainable, self._observer.replicas)
 
     def _fault(self, doing: str, error: Exception) -> None:
         """Go on as the wrapped optimizer alone would, and say so."""

@@ -4,14 +4,14 @@
 weights bounce cancel in m, those in which they drift add up. How strong the push λ is, is not decided here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gapaware.anchor import Groups, Place
-from gapaware.distributed import local
+from gapaware.distributed import Sharing, local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
 from gapaware.scaling import NEUTRAL, Scales
 
@@ -45,6 +45,7 @@ class Push:
         groups: Groups,
         by_group: Sequence[Scales],
         by_parameter: Mapping[int, Scales] | None = None,
+        ranks: Callable[[], Sharing] = Sharing,
     ) -> None:
         """Move each parameter by λ·m. At the first push m is 0, and without one it is forgotten.
 
@@ -52,9 +53,11 @@ class Push:
             groups: of the wrapped optimizer, after its step.
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
+            ranks: finds those that train the model together and push alike: none where one cannot.
 
         Raises:
             MemoryError: a copy of the weights might be what training lacks later on.
+            RuntimeError: there is no memory for one.
         """
         before, self._behind = self._behind, {}
         chosen_by = by_group if by_parameter is None else by_parameter.values()
@@ -78,13 +81,28 @@ class Push:
             moved, along = alike.setdefault((chosen.push, here.device, here.dtype), ([], []))
             moved.append(here)
             along.append(lagging)
-        _check_room([parameter for _, parameter in begin])
-        for place, parameter in begin:
-            self._behind[place] = parameter.detach().clone()
+        self._begin(begin, ranks)
         for (push, _, _), (to, behind_them) in alike.items():
             # m = rate·(θ − s), and what s lags behind afterwards is (1 − rate)/rate·m
             torch._foreach_lerp_(to, behind_them, -push * rate)
             torch._foreach_lerp_(behind_them, to, rate * (1 + push) / (1 + push * rate))
+
+    def _begin(
+        self, parameters: Sequence[tuple[Place, Tensor]], ranks: Callable[[], Sharing]
+    ) -> None:
+        if not parameters:
+            return
+        refusal: Exception | None = None
+        try:
+            _check_room([parameter for _, parameter in parameters])
+            copies = {place: parameter.detach().clone() for place, parameter in parameters}
+            self._behind.update(copies)
+        except (MemoryError, RuntimeError) as error:
+            refusal = error
+        # before anything is pushed: replicas would part, and only a fault of all is one that they share
+        if not ranks().everywhere(refusal is None, parameters[0][1].device):
+            self._behind = {}
+            raise refusal or MemoryError("no copy of the weights on another rank")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights behind, by parameter group and place."""

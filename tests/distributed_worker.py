@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from gapaware import Decision, GapAware, Observation
+from gapaware import Decision, GapAware, Observation, push
 from gapaware.checkpoint import OwnState
 from gapaware.distributed import Unsupported, sharing
 from gapaware.layout import Row, real_size
@@ -249,6 +249,25 @@ def replica_fault(folder: Path) -> Any:
     warned = quietly(lambda: train(model, optimizer, range(9, 30)))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return {**seen(optimizer), "warned": warned, "weights": weights}
+
+
+def push_fault(folder: Path) -> Any:
+    """Replicas, one of which has no memory for a push: none is pushed, so that they stay replicas."""
+    model = DistributedDataParallel(network())
+    pushing = {"controller": lambda seen: Decision(1.0, push=2.0)}
+    optimizer = wrapped(model, process_group=dist.group.WORLD, **pushing)
+
+    def no_room(parameters: Any) -> None:
+        raise MemoryError("no memory on this rank")
+
+    check = push._check_room
+    if dist.get_rank() == 1:
+        push._check_room = no_room
+    warned = quietly(lambda: train(model, optimizer, range(30)))
+    push._check_room = check
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    pushes = [record.get("push", 0.0) for record in optimizer.history]
+    return {**seen(optimizer), "warned": warned, "weights": weights, "pushes": pushes}
 
 
 def trainers_optimizer(folder: Path) -> Any:
@@ -493,7 +512,7 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, replica_fault, trainers_optimizer, not_a_number, losses,
+        sketch_fault, accounting_fault, replica_fault, push_fault, trainers_optimizer, not_a_number, losses,
         one_log, save, retained, retained_and_saved, pushed,
     ],
     4: [

@@ -159,6 +159,7 @@ def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
         ("sketch_fault", 1, "MemoryError: no memory on this rank"),
         ("accounting_fault", 0, "IndexError"),
         ("replica_fault", 1, "MemoryError: no memory on this rank"),
+        ("push_fault", 1, "MemoryError: no memory on this rank"),
         ("not_a_number", None, None),
     ],
 )
@@ -187,6 +188,15 @@ def test_replicas_stay_replicas_after_a_fault_on_one(two):
     results = of(two, "replica_fault")
     assert torch.equal(results[0]["weights"], results[1]["weights"])
     assert len(set(results[0]["scales"]) - {None}) > 1  # factors moved, before and after the fault
+
+
+def test_no_replica_is_pushed_where_one_has_no_memory_for_it(two):
+    results = of(two, "push_fault")
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
+    for result in results:
+        # decided on once, and after the fault never again
+        assert result["pushes"].count(2.0) in (1, 2)
+        assert result["pushes"][-1] == 0.0
 
 
 def test_ranks_of_the_trainer_agree(two):
