@@ -124,6 +124,34 @@ def test_a_resumed_run_takes_the_same_steps(saved_at):
     assert equal(model, other)
 
 
+def test_the_built_in_law_pushes_and_a_resumed_run_takes_the_same_steps():
+    """A learning rate that even 64 times larger is too small."""
+
+    def creeping(model):
+        base = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        return GapAware(base, mode="escape", sketch_dim=1024)
+
+    model, slower = network(), network()
+    optimizer = creeping(model)
+    train(model, optimizer, range(130))
+    assert optimizer.scales == [64.0]
+    assert optimizer.history[-1]["push"] == 2.0
+    assert optimizer.history[-1]["momentum_scale"] == pytest.approx(0.5)
+    train(slower, GapAware(torch.optim.AdamW(slower.parameters(), lr=1e-5), max_push=0), range(130))
+    start, end, other = (
+        torch.cat([p.flatten() for p in m.parameters()]) for m in (network(), model, slower)
+    )
+    assert (end - start).norm() > 1.2 * (other - start).norm()
+
+    twin = network(seed=1)
+    twin.load_state_dict(model.state_dict())
+    twins = creeping(twin)
+    twins.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(130, 200))
+    train(twin, twins, range(130, 200))
+    assert equal(model, twin)
+
+
 def test_a_copy_goes_on_alike_and_apart():
     model = network()
     optimizer = pushed(model)
