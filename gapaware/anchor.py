@@ -165,7 +165,8 @@ class Anchor:
         Raises:
             ValueError: a weight does not fit its parameter.
         """
-        parameters = dict(_anchored(groups))
+        # one that was frozen since keeps its weight
+        parameters = dict(places(groups))
         weights = {}
         for key, saved in state["weights"].items():
             group, index = map(int, key.split("."))
@@ -179,13 +180,18 @@ class Anchor:
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
 
 
+def places(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
+    """All parameters, frozen ones too, by parameter group and position in it."""
+    for number, group in enumerate(groups):
+        for index, parameter in enumerate(group["params"]):
+            yield (number, index), parameter
+
+
 def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
     """The trainable parameters of the groups that do not say `"anchor": False`."""
-    for number, group in enumerate(groups):
-        if group.get("anchor", True):
-            for index, parameter in enumerate(group["params"]):
-                if parameter.requires_grad:
-                    yield (number, index), parameter
+    for place, parameter in places(groups):
+        if parameter.requires_grad and groups[place[0]].get("anchor", True):
+            yield place, parameter
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gapaware.anchor import Anchor
 from gapaware.controller import Controller
 from gapaware.delegation import is_number
 from gapaware.distributed import Sharing, Unsupported, alone, is_first, sharing
+from gapaware.dry_run import is_dry_run
 from gapaware.history import History
 from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
@@ -212,7 +213,7 @@ class GapAware(Resumable):
             What the wrapped optimizer returns: the closure's loss, or None.
         """
         refuse_capture()
-        if closure is None and self._is_rehearsal():
+        if closure is None and is_dry_run(self.base):
             return self.base.step(closure)
         factors = self._begin()
         with scaled(self.base, *factors):
@@ -233,23 +234,6 @@ class GapAware(Resumable):
                 self._observer.start(self.base, begins=self._steps == 0)
             return self._factors()
         return [Scales()] * len(self.base.param_groups), None
-
-    def _is_rehearsal(self) -> bool:
-        """Whether this is the step by which DCP creates the state of an optimizer that has none.
-
-        All its gradients and learning rates are zero, it moves nothing and is no step of the training.
-        """
-        groups = self.base.param_groups
-        for group in groups:
-            if is_remote(group["lr"]) or group["lr"] != 0:
-                return False
-        if self.base.state:
-            return False
-        # only their values tell DCP's gradients from those of a warm-up from zero: to read them waits for
-        # the GPU, once in most runs that warm up and never while anything moves
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        return not any(bool((g != 0).any()) for g in dense)
 
     def _factors(self) -> tuple[list[Scales], dict[int, Scales] | None]:
         """The factors in force: by group, and by parameter when a group has several rows."""

@@ -4,13 +4,13 @@
 weights bounce cancel in m, those in which they drift add up. How strong the push λ is, is not decided here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gapaware.anchor import Groups, Place
+from gapaware.anchor import Groups, Place, places
 from gapaware.distributed import Sharing, local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
 from gapaware.scaling import NEUTRAL, Scales
@@ -66,11 +66,11 @@ class Push:
         rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         begin = []
-        for place, parameter in _trainable(groups):
+        for place, parameter in places(groups):
             chosen = by_group[place[0]]
             if by_parameter is not None:
                 chosen = by_parameter.get(id(parameter), NEUTRAL)
-            if chosen.push == 0.0:
+            if chosen.push == 0.0 or not parameter.requires_grad:
                 continue
             behind = before.get(place)
             if behind is None or behind.shape != parameter.shape:
@@ -114,7 +114,8 @@ class Push:
         Raises:
             ValueError: a weight does not fit its parameter.
         """
-        parameters = dict(_trainable(groups))
+        # one that was frozen since is let go at the next push
+        parameters = dict(places(groups))
         behind = {}
         for key, saved in state.items():
             group, index = map(int, key.split("."))
@@ -148,10 +149,3 @@ def _room(device: torch.device) -> int:
     """Bytes that nobody has taken when training takes as much as it ever did."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_reserved(device)
-
-
-def _trainable(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
-    for number, group in enumerate(groups):
-        for index, parameter in enumerate(group["params"]):
-            if parameter.requires_grad:
-                yield (number, index), parameter
