@@ -210,6 +210,19 @@ def test_frozen_later_and_added_parameters():
     assert torch.equal(optimizer.starting_weights()["1.0"], added["weight"])
 
 
+def test_saved_after_a_parameter_was_frozen_it_loads():
+    model, _ = model_and_start()
+    optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    train(model, optimizer, 10)
+    model[0].bias.requires_grad_(False)
+    train(model, optimizer, 3)
+    resumed = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")
+    resumed.load_state_dict(optimizer.state_dict())
+    starts, restored = optimizer.starting_weights(), resumed.starting_weights()
+    assert starts.keys() == restored.keys()
+    assert all(torch.equal(starts[name], restored[name]) for name in starts)
+
+
 def test_a_state_of_the_base_alone_is_a_new_start():
     model, start = model_and_start()
     optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.05), mode="retain")

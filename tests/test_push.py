@@ -152,6 +152,21 @@ def test_the_built_in_law_pushes_and_a_resumed_run_takes_the_same_steps():
     assert equal(model, twin)
 
 
+def test_saved_after_a_parameter_was_frozen_it_loads():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(20))
+    model[0].bias.requires_grad_(False)
+    frozen = model[0].bias.detach().clone()
+    twin = copy.deepcopy(model)
+    resumed = pushed(twin)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(20, 40))
+    train(twin, resumed, range(20, 40))
+    assert equal(model, twin)
+    assert torch.equal(twin[0].bias, frozen)
+
+
 def test_a_copy_goes_on_alike_and_apart():
     model = network()
     optimizer = pushed(model)
