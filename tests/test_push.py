@@ -160,7 +160,7 @@ def test_saved_after_a_parameter_was_frozen_it_loads():
     frozen = model[0].bias.detach().clone()
     twin = copy.deepcopy(model)
     resumed = pushed(twin)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(20, 40))
     train(twin, resumed, range(20, 40))
     assert equal(model, twin)
