@@ -31,6 +31,7 @@ from benchmarks.forgetting_tasks.char_lm import BIBLE_AUSTEN_CODE, BIBLE_TO_CODE
 from benchmarks.forgetting_tasks.digits import ROTATED, SPLIT
 from benchmarks.forgetting_tasks.fashion import FASHION_TO_DIGITS
 from benchmarks.forgetting_tasks.minilm import NEWS_TO_TWEETS, TWEETS_TO_NEWS
+from benchmarks.forgetting_tasks.smollm2 import SMOLLM2
 from benchmarks.forgetting_tasks.training import Training
 from benchmarks.retention import METHODS
 
@@ -44,9 +45,10 @@ TASKS: dict[str, ForgettingTask] = {
         BIBLE_AUSTEN_CODE,
         NEWS_TO_TWEETS,
         TWEETS_TO_NEWS,
+        SMOLLM2,
     )
 }
-DEAR = (BIBLE_AUSTEN_CODE.name, NEWS_TO_TWEETS.name, TWEETS_TO_NEWS.name)
+DEAR = (BIBLE_AUSTEN_CODE.name, NEWS_TO_TWEETS.name, TWEETS_TO_NEWS.name, SMOLLM2.name)
 # what they leave for a next stage is not the model that was trained
 LAST_STAGE_ONLY = ("ema", "gapaware-consolidate")
 FIRST = (
