@@ -13,26 +13,31 @@ from torch import Tensor
 
 from benchmarks.gpt2 import LR, RIVALS_OF_ADAMW, WRAPPED, Trainee
 from benchmarks.timing import interleaved, seconds
-from gapaware import GapAware
+from gapaware import Decision, GapAware
 from gapaware.momentum import FIRST_MEMORIES, memory_steps
 
 Row = dict[str, Any]
 
 WINDOW = 10
+PUSH = 2.0  # the largest of the built-in law
 
 
-def step_with_gapaware(trainee: Trainee, base: str, interval: int | str, budget: float) -> Row:
+def step_with_gapaware(
+    trainee: Trainee, base: str, interval: int | str, budget: float, *, pushing: bool = False
+) -> Row:
     """Training steps with GapAware around an optimizer, against steps of that very optimizer alone.
 
-    Model, batch and state are the same ones, so that nothing else differs.
+    Model and state are the same ones, so that nothing else differs.
 
     Args:
         trainee: what is trained.
         base: a name in `gpt2.WRAPPED`.
         interval: of GapAware; "auto" is the default.
         budget: seconds to spend.
+        pushing: whether the weights are pushed at each step, as on a plateau.
     """
-    optimizer = wrapped(trainee, base, interval)
+    push = {"controller": lambda _: Decision(1.0, "as on a plateau", push=PUSH)} if pushing else {}
+    optimizer = wrapped(trainee, base, interval, **push)
     trainee.step(optimizer.base)
     pass_the_start(optimizer, trainee.parameters)
     fill(optimizer, trainee.parameters)
@@ -46,10 +51,14 @@ def step_with_gapaware(trainee: Trainee, base: str, interval: int | str, budget:
         budget=budget,
     )
     refuse_faults(optimizer)
+    if any(
+        (record.get("push", 0.0) > 0) is not pushing for record in optimizer.history[-len(rounds) :]
+    ):
+        raise RuntimeError(f"not a measurement: {'no' if pushing else 'a'} push during it")
     return {
         "measure": "step",
         "base": base,
-        "method": "gapaware",
+        "method": "gapaware-pushing" if pushing else "gapaware",
         "interval": optimizer.interval,
         "defaults": interval == "auto",
         "rounds": rounds,
@@ -163,12 +172,12 @@ def nudge(parameters: Sequence[Tensor]) -> None:
     torch._foreach_mul_(list(parameters), [1 + random.gauss(0, 1e-4) for _ in parameters])
 
 
-def wrapped(trainee: Trainee, base: str, interval: int | str) -> GapAware:
+def wrapped(trainee: Trainee, base: str, interval: int | str, **arguments: Any) -> GapAware:
     """GapAware around an optimizer of a model."""
     with warnings.catch_warnings():
         # at interval=1 the law never acts on AdamW; what a snapshot costs is the same
         warnings.filterwarnings("ignore", message="interval=1 .*the window is shorter")
-        return WRAPPED[base](trainee.model, interval)
+        return WRAPPED[base](trainee.model, interval=interval, **arguments)
 
 
 def refuse_faults(optimizer: GapAware) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,10 @@ SHAPES = {
 
 
 class Trainee:
-    """A model on a device, with one batch of random tokens.
+    """A model on a device, and batches of random tokens.
+
+    A new batch for each step, as in training: on one batch alone every update goes the same way, which is
+    a plateau to GapAware.
 
     Args:
         shape: of model and batch.
@@ -72,26 +76,28 @@ class Trainee:
         self.device = device
         with device:
             self.model = GPT2LMHeadModel(config)
-            self.tokens = torch.randint(shape.vocabulary, (shape.batch, shape.length))
+        self.shape = shape
         self.parameters = list(self.model.parameters())
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Forward, backward, optimizer."""
         optimizer.zero_grad()
+        size = (self.shape.batch, self.shape.length)
+        tokens = torch.randint(self.shape.vocabulary, size, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(self.tokens, labels=self.tokens).loss
+            loss = self.model(tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
 
 
-def around_adamw(model: nn.Module, interval: int | str = "auto") -> GapAware:
-    """GapAware around AdamW, both at their defaults but for the learning rate."""
-    return GapAware(torch.optim.AdamW(model.parameters(), lr=LR), interval=interval)
+def around_adamw(model: nn.Module, **arguments: Any) -> GapAware:
+    """GapAware around AdamW, both at their defaults but for the learning rate and what is given."""
+    return GapAware(torch.optim.AdamW(model.parameters(), lr=LR), **arguments)
 
 
-def around_muon(model: nn.Module, interval: int | str = "auto") -> GapAware:
-    """GapAware around Muon with AdamW, at their defaults but for the learning rates."""
-    return muon(model, lr=LR, adamw_lr=LR, interval=interval)
+def around_muon(model: nn.Module, **arguments: Any) -> GapAware:
+    """GapAware around Muon with AdamW, at their defaults but for learning rates and what is given."""
+    return muon(model, lr=LR, adamw_lr=LR, **arguments)
 
 
 WRAPPED: dict[str, Callable[..., GapAware]] = {"AdamW": around_adamw, "Muon": around_muon}

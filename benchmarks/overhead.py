@@ -63,7 +63,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of measurements."""
-        of_a_shape = 4 * len(WRAPPED) + len(RIVALS_OF_ADAMW)
+        of_a_shape = 4 * len(WRAPPED) + 1 + len(RIVALS_OF_ADAMW)
         return of_a_shape * len(self.shapes) + sum(map(len, self.growth.values()))
 
 
@@ -104,6 +104,8 @@ def measurements(chosen: Plan, device: torch.device) -> Iterator[tuple[Row, Call
             for interval, share in (("auto", 2), (1, 1)):
                 budget = share * chosen.step_budget
                 yield of, partial(step_with_gapaware, trainee, base, interval, budget)
+        budget = chosen.step_budget
+        yield of, partial(step_with_gapaware, trainee, "AdamW", "auto", budget, pushing=True)
         for rival in RIVALS_OF_ADAMW:
             yield of, partial(step_with_rival, trainee, rival, chosen.step_budget)
     for varied, values in chosen.growth.items():

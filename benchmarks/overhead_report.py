@@ -62,7 +62,7 @@ def _growth_bar(rows: Sequence[Row]) -> Iterable[Verdict]:
 def _rival_bars(rows: Sequence[Row]) -> Iterable[Verdict]:
     for ours in _of(rows, "step", method="gapaware", base="AdamW", defaults=True):
         for theirs in _of(rows, "step", model=ours["model"]):
-            if theirs["method"] == "gapaware":
+            if theirs["method"].startswith("gapaware"):
                 continue
             mine, other = ratio(ours["rounds"]), ratio(theirs["rounds"])
             question = f"{ours['model']}, cheaper than {theirs['method']}"

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from benchmarks import overhead
+from benchmarks import costs, overhead
 from benchmarks.costs import refuse_faults, step_with_gapaware, step_with_rival
 from benchmarks.gpt2 import SHAPES, Trainee
 from benchmarks.memory import weigh
 from benchmarks.overhead_report import bars
 from benchmarks.timing import LEAST_ROUNDS, exponent, interleaved, ratio
-from gapaware import GapAware
+from gapaware import Decision, GapAware
 
 CPU = torch.device("cpu")
 
@@ -165,6 +165,27 @@ def test_steps_are_timed_over_whole_periods_with_their_snapshots():
     assert len(row["rounds"]) == LEAST_ROUNDS
     assert 0 < row["inside_seconds"] < row["step_seconds"] * 10
     assert all(math.isfinite(t) and t > 0 for pair in row["rounds"] for t in pair)
+
+
+def test_a_step_with_a_push_has_a_row_of_its_own_and_is_judged_by_no_bar():
+    row = step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0, pushing=True)
+    assert row["method"] == "gapaware-pushing"
+    model = {"model": "10M", "rounds": [(1.0, 1.9)]}
+    assert bars([*rows(), {**row, **model}]) == bars(rows())
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_a_push_that_was_not_wanted_or_did_not_come_is_no_measurement(monkeypatch, pushing):
+    def other(trainee, base, interval, **_):
+        push = 0.0 if pushing else 2.0
+        optimizer = torch.optim.AdamW(trainee.parameters, lr=1e-5)
+        return GapAware(optimizer, controller=lambda _: Decision(1.0, push=push))
+
+    monkeypatch.setattr(costs, "wrapped", other)
+    with pytest.raises(RuntimeError, match="push during it"):
+        step_with_gapaware(
+            Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0, pushing=pushing
+        )
 
 
 @pytest.mark.parametrize("name", ["grokfast", "schedule-free", "prodigy"])
