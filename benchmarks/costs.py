@@ -32,7 +32,7 @@ def step_with_gapaware(
     Args:
         trainee: what is trained.
         base: a name in `gpt2.WRAPPED`.
-        interval: of GapAware; "auto" is the default.
+        interval: of GapAware; "auto" is the default, which is timed at rest, as in most of a long run.
         budget: seconds to spend.
         pushing: whether the weights are pushed at each step, as on a plateau.
     """
@@ -41,29 +41,32 @@ def step_with_gapaware(
     trainee.step(optimizer.base)
     pass_the_start(optimizer, trainee.parameters)
     fill(optimizer, trainee.parameters)
+    if interval == "auto" and not pushing:
+        settle_down(optimizer, trainee.parameters)
     trainee.step(optimizer)
-    inside = optimizer.seconds
+    inside, begun = optimizer.seconds, optimizer.history[-1]["step"]
+    repeats = optimizer.interval
     rounds = interleaved(
         lambda: trainee.step(optimizer.base),
         lambda: trainee.step(optimizer),
         trainee.device,
-        repeats=optimizer.interval,
+        repeats=repeats,
         budget=budget,
     )
     refuse_faults(optimizer)
-    if any(
-        (record.get("push", 0.0) > 0) is not pushing for record in optimizer.history[-len(rounds) :]
-    ):
+    steps = len(rounds) * repeats
+    during = [record for record in optimizer.history if record["step"] > begun]
+    if any((record.get("push", 0.0) > 0) is not pushing for record in during):
         raise RuntimeError(f"not a measurement: {'no' if pushing else 'a'} push during it")
     return {
         "measure": "step",
         "base": base,
         "method": "gapaware-pushing" if pushing else "gapaware",
-        "interval": optimizer.interval,
+        "interval": interval if interval != "auto" else steps / len(during),
         "defaults": interval == "auto",
         "rounds": rounds,
-        "step_seconds": median(alone for alone, _ in rounds) / optimizer.interval,
-        "inside_seconds": (optimizer.seconds - inside) / (len(rounds) * optimizer.interval),
+        "step_seconds": median(alone for alone, _ in rounds) / repeats,
+        "inside_seconds": (optimizer.seconds - inside) / steps,
     }
 
 
@@ -164,6 +167,17 @@ def pass_the_start(optimizer: GapAware, parameters: Sequence[Tensor]) -> None:
     for _ in range((FIRST_MEMORIES + 1) * memory_steps(optimizer.param_groups)):
         nudge(parameters)
         optimizer.step()
+
+
+def settle_down(optimizer: GapAware, parameters: Sequence[Tensor]) -> None:
+    """Let GapAware see so little for so long that its snapshots are further apart."""
+    usual = optimizer.interval
+    for _ in range(10 * WINDOW * usual):
+        nudge(parameters)
+        optimizer.step()
+        if optimizer.interval > usual:
+            return
+    raise RuntimeError(f"not a measurement: snapshots stay {usual} steps apart")
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What does it cost to know the spectrum?
 
-    python -m benchmarks.overhead --quick           # under four minutes on two quiet cores
+    python -m benchmarks.overhead --quick           # under five minutes on two quiet cores
     python -m benchmarks.overhead                   # longer, and on CUDA the larger models too
     python -m benchmarks.overhead --from-results    # judges the runs in benchmarks/results, times nothing
 
@@ -35,6 +35,7 @@ from benchmarks.gpt2 import RIVALS_OF_ADAMW, SHAPES, WRAPPED, Trainee
 from benchmarks.memory import memory
 from benchmarks.overhead_report import bars, tables
 from benchmarks.timing import device_name
+from gapaware.momentum import interval_for, memory_steps
 
 TENSORS = 64  # of a synthetic model, where they are not what is varied
 KEPT_RUNS = Path("runs")
@@ -63,7 +64,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of measurements."""
-        of_a_shape = 4 * len(WRAPPED) + 1 + len(RIVALS_OF_ADAMW)
+        of_a_shape = 5 * len(WRAPPED) + 1 + len(RIVALS_OF_ADAMW)
         return of_a_shape * len(self.shapes) + sum(map(len, self.growth.values()))
 
 
@@ -101,7 +102,9 @@ def measurements(chosen: Plan, device: torch.device) -> Iterator[tuple[Row, Call
         of = {**of, "numbers": sum(p.numel() for p in trainee.parameters)}
         for base in WRAPPED:
             yield of, partial(snapshot_of_model, trainee, base, 3 * chosen.snapshot_budget)
-            for interval, share in (("auto", 2), (1, 1)):
+            # "auto" is timed at rest; before that, and on a plateau, it is this one
+            busy = interval_for(memory_steps(WRAPPED[base](trainee.model).param_groups))
+            for interval, share in (("auto", 2), (busy, 2), (1, 1)):
                 budget = share * chosen.step_budget
                 yield of, partial(step_with_gapaware, trainee, base, interval, budget)
         budget = chosen.step_budget

@@ -24,7 +24,7 @@ def bars(rows: Sequence[Row]) -> list[Verdict]:
     at_defaults, every_step, over_read = CUDA_BARS if on_cuda else CPU_BARS
     judged: list[Verdict] = []
     for row in _of(rows, "step", method="gapaware"):
-        most = at_defaults if row["defaults"] else every_step
+        most = every_step if row["interval"] == 1 else at_defaults
         when = "defaults" if row["defaults"] else f"interval={row['interval']}"
         taken = ratio(row["rounds"])
         question = f"{_name(row)}, step at {when} <= {most}"
@@ -77,7 +77,7 @@ def tables(rows: Sequence[Row]) -> str:
             row["model"],
             row["base"],
             row["method"],
-            row.get("interval", ""),
+            f"{row['interval']:.3g}" if "interval" in row else "",
             f"{row['step_seconds'] * 1e3:.1f}",
             ratio(row["rounds"]),
             _inside(row),

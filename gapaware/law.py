@@ -44,6 +44,8 @@ RETURN = 0.9
 QUIET = 3.0
 ANNEALED = 0.5
 STRIDE = 0.15
+# where nothing happens: windows of it until snapshots are further apart, and by how much
+REST, RESTING = 4, 2
 # after a spike
 SPIKE_GROWTH = 2.0
 SPIKE_ALIGNMENT = 0.5
@@ -95,10 +97,18 @@ def drift_law(observation: Observation) -> Decision:
     recent steps, ever more up to `max_push` and until q < 0.2 or a > 3. As the push grows Adam's momentum
     comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
 
-    Snapshots are closer together at first, see `interval_for`.
+    Snapshots are closer together at first, see `interval_for`, and twice as far apart where f has not left
+    1 for four windows, a warm-up not counted. By more than that they would be too short beside those before
+    once f grows again: noise adds up like the root of their steps.
     """
+    decision = _decide(observation)
     interval = interval_for(observation.momentum_memory, observation.step)
-    return replace(_decide(observation), interval=interval)
+    stays = max(decision.scale, observation.min_scale) == observation.scale <= 1
+    at_rest = stays and not _warms_up(observation)
+    rest = int(observation.memory.get("rest", 0)) + 1 if at_rest else 0
+    if rest > REST * observation.window:
+        interval *= RESTING
+    return replace(decision, interval=interval, memory={**decision.memory, "rest": rest})
 
 
 def _decide(observation: Observation) -> Decision:
@@ -112,7 +122,7 @@ def _decide(observation: Observation) -> Decision:
     if motion is None:
         return Decision(observation.scale, why, memory=memory)
     figures = f"drift {motion.drift.mean:.2f} ± {motion.drift.doubt:.2f}, a per lr {motion.a:.2g}"
-    warms_up = bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
+    warms_up = _warms_up(observation)
     # a warm-up has its peak before it
     peak = highest if warms_up else max(highest, observation.peak_lr)
     if observation.lrs[-1] < ANNEALED * peak:
@@ -146,6 +156,11 @@ def _decide(observation: Observation) -> Decision:
         push=push,
         memory=memory,
     )
+
+
+def _warms_up(observation: Observation) -> bool:
+    """Whether the schedule raises the learning rate."""
+    return bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The built-in laws do what they say, and what they steer by equals its reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from gapaware.law import (
     PATIENCE,
     PROBING,
     RECOVERY,
+    REST,
     RETREAT,
     RETURN,
     STRIDE,
@@ -201,7 +204,7 @@ def test_cooling_down_holds_whatever_is_seen():
         decision = drift_law(observe(x, scale=4.0, memory={"highest_lr": 3e-3}))
         assert decision.scale == 4.0
         assert "cools down" in decision.why
-        assert decision.memory == {"highest_lr": 3e-3, "push": 0.0}
+        assert decision.memory == {"highest_lr": 3e-3, "push": 0.0, "rest": 0}
 
 
 def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
@@ -211,10 +214,8 @@ def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
     decision = drift_law(observe(x, peak_lr=3e-3))
     assert decision.scale == 1.0
     assert "cools down" in decision.why
-    assert decision.memory == {
-        "highest_lr": 1e-3,
-        "push": 0.0,
-    }  # it may be one that the schedule never reaches
+    # the peak is not kept: the schedule may never reach it
+    assert decision.memory == {"highest_lr": 1e-3, "push": 0.0, "rest": 1}
 
     lrs = np.linspace(1e-5, 1e-4, W + 1)
     warming = {"lrs": lrs, "peak_lr": 1e-3, "scale": 4.0}
@@ -370,6 +371,30 @@ def test_close_snapshots_at_first_and_no_drift_from_a_window_that_spans_too_litt
     later = observe(updates(0.5), spans=np.full(W + 1, 2.0), step=60)
     assert drift_law(later).interval == 5
     assert drift_law(later).scale > 1.0
+
+
+def test_snapshots_are_further_apart_where_nothing_has_happened_for_long():
+    calm = observe(updates(0.0))
+
+    def interval(observation, rest):
+        return drift_law(replace(observation, memory={"rest": rest})).interval
+
+    assert [interval(calm, rest) for rest in (0, REST * W - 1, REST * W)] == [5, 5, 10]
+    assert drift_law(calm).memory["rest"] == 1
+    muon = replace(calm, momentum_memory=30, spans=np.full(W + 1, 10.0), step=1000)
+    assert interval(muon, REST * W) == 20
+    # not where f is raised or grows, nor while it comes down, nor in a warm-up
+    warming = replace(calm, lrs=np.linspace(1e-4, 1e-3, W + 1))
+    for other in (
+        replace(calm, scale=2.0),
+        observe(updates(0.7)),
+        replace(calm, min_scale=0.1),
+        warming,
+    ):
+        assert interval(other, 1000) == 5
+        assert drift_law(replace(other, memory={"rest": 1000})).memory["rest"] == 0
+    # and it counts from the first snapshot on, while the window fills
+    assert drift_law(observe(updates(0.0)[:3])).memory["rest"] == 1
 
 
 def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_far():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import costs, overhead
-from benchmarks.costs import refuse_faults, step_with_gapaware, step_with_rival
+from benchmarks.costs import refuse_faults, settle_down, step_with_gapaware, step_with_rival
 from benchmarks.gpt2 import SHAPES, Trainee
 from benchmarks.memory import weigh
 from benchmarks.overhead_report import bars
@@ -55,7 +55,7 @@ def test_calls_alternate_and_each_has_its_preparation():
     assert "".join(calls) == ".A.B.B.A.A.B"
 
 
-def rows(step=1.005, every_step=1.04, over_read=2.0, held=6e6, power=1.0, rival=1.05):
+def rows(step=1.005, busy=1.006, every_step=1.04, over_read=2.0, held=6e6, power=1.0, rival=1.05):
     """Measurements of one device, by default such that every bar holds."""
     here = {"model": "10M", "base": "AdamW"}
     step_row = {**here, "measure": "step", "step_seconds": 0.1, "inside_seconds": 1e-4}
@@ -64,9 +64,16 @@ def rows(step=1.005, every_step=1.04, over_read=2.0, held=6e6, power=1.0, rival=
         {
             **step_row,
             "method": "gapaware",
-            "interval": 5,
+            "interval": 10.0,
             "defaults": True,
             "rounds": [(1.0, step)],
+        },
+        {
+            **step_row,
+            "method": "gapaware",
+            "interval": 5,
+            "defaults": False,
+            "rounds": [(1.0, busy)],
         },
         {
             **step_row,
@@ -113,7 +120,7 @@ def failing(**figures):
 
 
 def test_every_bar_is_asked_and_can_hold():
-    assert len(bars(rows())) == 6
+    assert len(bars(rows())) == 7
     assert failing() == []
 
 
@@ -121,6 +128,7 @@ def test_every_bar_is_asked_and_can_hold():
     ("figures", "question"),
     [
         ({"step": 1.011, "rival": 2.0}, "step at defaults"),
+        ({"busy": 1.011}, "step at interval=5 <= 1.01"),
         ({"every_step": 1.051}, "step at interval=1"),
         ({"over_read": 2.51}, "over a read"),
         ({"held": 7.05e6}, "memory <= 8.04 MB"),
@@ -141,7 +149,7 @@ def test_cuda_has_bars_of_its_own():
         for row in rows(step=1.006, every_step=1.021, over_read=1.31)
     ]
     failed = [question for question, _, holds in bars(measured) if not holds]
-    assert len(failed) == 4
+    assert len(failed) == 5
     assert "snapshot over half a copy <= 1.3" in failed[-1]
 
 
@@ -159,12 +167,21 @@ def test_a_fault_is_no_measurement():
         refuse_faults(optimizer)
 
 
-def test_steps_are_timed_over_whole_periods_with_their_snapshots():
-    row = step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0)
-    assert row["interval"] == 5
+@pytest.mark.parametrize("interval", ["auto", 5, 1])
+def test_steps_are_timed_over_whole_periods_with_their_snapshots(interval):
+    row = step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", interval, budget=0.0)
+    assert row["interval"] == {"auto": 10}.get(interval, interval)
+    assert row["defaults"] is (interval == "auto")
     assert len(row["rounds"]) == LEAST_ROUNDS
     assert 0 < row["inside_seconds"] < row["step_seconds"] * 10
     assert all(math.isfinite(t) and t > 0 for pair in row["rounds"] for t in pair)
+
+
+def test_defaults_that_do_not_come_to_rest_are_no_measurement():
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = GapAware(torch.optim.SGD([parameter], lr=0.1), mode="observe", sketch_dim=64)
+    with pytest.raises(RuntimeError, match="snapshots stay 1 steps apart"):
+        settle_down(optimizer, [parameter])
 
 
 def test_a_step_with_a_push_has_a_row_of_its_own_and_is_judged_by_no_bar():
@@ -183,9 +200,7 @@ def test_a_push_that_was_not_wanted_or_did_not_come_is_no_measurement(monkeypatc
 
     monkeypatch.setattr(costs, "wrapped", other)
     with pytest.raises(RuntimeError, match="push during it"):
-        step_with_gapaware(
-            Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0, pushing=pushing
-        )
+        step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", 5, budget=0.0, pushing=pushing)
 
 
 @pytest.mark.parametrize("name", ["grokfast", "schedule-free", "prodigy"])
