@@ -48,8 +48,8 @@ class Plan:
 
     Attributes:
         shapes: names in `gpt2.SHAPES`.
-        step_budget: seconds for each comparison of training steps; twice that at the defaults, where
-            only one step of several has a snapshot.
+        step_budget: seconds for each comparison of training steps; twice that at rest, where
+            only one step of many has a snapshot.
         snapshot_budget: seconds for each comparison of a snapshot with a read.
         numbers: in the tensors of the smallest synthetic model.
         growth: for each thing that is varied, its values: factors on `numbers`, or what they are.
@@ -104,7 +104,7 @@ def measurements(chosen: Plan, device: torch.device) -> Iterator[tuple[Row, Call
             yield of, partial(snapshot_of_model, trainee, base, 3 * chosen.snapshot_budget)
             # "auto" is timed at rest; before that, and on a plateau, it is this one
             busy = interval_for(memory_steps(WRAPPED[base](trainee.model).param_groups))
-            for interval, share in (("auto", 2), (busy, 2), (1, 1)):
+            for interval, share in (("auto", 2), (busy, 1), (1, 1)):
                 budget = share * chosen.step_budget
                 yield of, partial(step_with_gapaware, trainee, base, interval, budget)
         budget = chosen.step_budget
