@@ -73,6 +73,28 @@ def test_next_100_steps_are_bitwise_the_same(base, saved_at, arguments):
         assert max(resumed.scales) > 1
 
 
+def test_a_run_at_rest_goes_on_at_its_interval():
+    def at_noise(optimizer, weights, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            weights.grad = torch.randn_like(weights)
+            optimizer.step()
+        return [record["step"] for record in optimizer.history]
+
+    weights = torch.nn.Parameter(torch.ones(2000))
+    optimizer = GapAware(torch.optim.SGD([weights], lr=1e-4))
+    taken = at_noise(optimizer, weights, range(80))
+    assert taken[:3] + taken[-3:] == [1, 2, 3, 73, 75, 77]
+    saved = through_a_file({"weights": weights.data, "optimizer": optimizer.state_dict()})
+    expected = at_noise(optimizer, weights, range(80, 100))
+
+    again = torch.nn.Parameter(saved["weights"])
+    resumed = GapAware(torch.optim.SGD([again], lr=1e-4))
+    resumed.load_state_dict(saved["optimizer"])
+    assert at_noise(resumed, again, range(80, 100))[-10:] == expected[-10:]
+    assert torch.equal(again, weights)
+
+
 def build_with(base, arguments):
     model = mlp()
     return model, GapAware(BASES[base](model), **arguments)
