@@ -19,6 +19,8 @@ LIFT = 0.06
 # close to where the run began: little to lose
 CLOSE = 0.4
 NEWEST = 3
+# falling fast: by more than this since the last snapshot, relative
+PLUNGE = 0.1
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
 ERRORS = 2.0
@@ -71,6 +73,16 @@ class Trend:
         change, error = self._recently()
         # a false alarm only holds a factor, a miss takes it away
         return change < -error
+
+    @property
+    def plunges(self) -> bool:
+        """Whether the newest loss is below the one before by more than 10 % and twice the error."""
+        if len(self.recent) < FEWEST:
+            return False
+        before, newest = self.recent[-2:]
+        # from second differences, in which a smooth fall is no noise
+        error = sqrt(np.square(np.diff(self.recent, 2)).mean() / 3)
+        return before - newest > max(PLUNGE * abs(before), ERRORS * error)
 
     @property
     def recovers(self) -> bool:

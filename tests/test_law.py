@@ -9,6 +9,7 @@ import torch
 from gapaware import GapAware, Observation, reference
 from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
+    BRAKE,
     COHERENT_LEAP,
     DRIFT_TARGET,
     GROWTH,
@@ -439,6 +440,28 @@ def test_a_loss_that_falls_keeps_a_factor_from_shrinking():
     decision = drift_law(observe(updates(0.0), scale=8.0, loss=0.66, memory=falling))
     assert decision.scale == 8.0
     assert "the loss falls" in decision.why
+
+
+def test_a_loss_that_falls_fast_takes_a_factor_down_where_nothing_takes_weights_back():
+    moving, falling = updates(2.0), trend(*(2.3 * 0.85 ** np.arange(40)))
+    none, some = np.zeros((W + 1, W + 1)), np.eye(W + 1)
+    loss = 2.3 * 0.85**40
+    assert drift_law(observe(moving, scale=8.0, memory=falling)).scale > 8
+    down = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, decay_gram=none))
+    assert down.scale == pytest.approx(8.0 * BRAKE)
+    assert "falls fast" in down.why
+    for decay_gram, pull in ((some, 0.0), (None, 0.0), (none, 0.01)):
+        more = {"decay_gram": decay_gram, "pull": pull}
+        left = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, **more))
+        assert left.scale > 8, more
+    # by 8 % a snapshot it may go on growing, and so where a fall may be noise
+    slowly = trend(*(2.3 * 0.92 ** np.arange(40)))
+    loss = 2.3 * 0.92**40
+    assert (
+        drift_law(observe(moving, scale=8.0, loss=loss, memory=slowly, decay_gram=none)).scale > 8
+    )
+    noisy = trend(*np.tile([2.0, 1.7], 20), 2.0)
+    assert drift_law(observe(moving, scale=8.0, loss=1.7, memory=noisy, decay_gram=none)).scale > 8
 
 
 def test_a_loss_that_rises_takes_a_factor_down():
