@@ -144,8 +144,6 @@ def _decide(observation: Observation) -> Decision:
     limit = _limit(observation)
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
-    if trend.plunges and _unbounded(observation):
-        factor, why = min(factor, BRAKE ** _thirds(observation)), "the loss falls fast, back"
     if factor > limit:
         factor, why = limit, "steps as large as the weights allow"
     ceiling = _ceiling(observation, motion.newest)
@@ -233,6 +231,10 @@ def _wanted(
         factor, why = 1.0, "the loss falls, hold"
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
+    if trend.plunges and _unbounded(observation):
+        if observation.scale > 1:
+            return min(factor, BRAKE**thirds), "the loss falls fast, back"
+        return min(factor, 1.0), "the loss falls fast, hold"
     if trend.lifted and explored < PATIENCE:
         reach = float(observation.memory.get("reach", observation.max_scale)) / observation.scale
         leap = 1.0 if observation.pull else max(1.0, min(LEAP**thirds, reach))

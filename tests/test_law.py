@@ -449,7 +449,10 @@ def test_a_loss_that_falls_fast_takes_a_factor_down_where_nothing_takes_weights_
     assert drift_law(observe(moving, scale=8.0, memory=falling)).scale > 8
     down = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, decay_gram=none))
     assert down.scale == pytest.approx(8.0 * BRAKE)
-    assert "falls fast" in down.why
+    assert "falls fast, back" in down.why
+    held = drift_law(observe(moving, loss=loss, memory=falling, decay_gram=none, min_scale=0.1))
+    assert held.scale == 1.0
+    assert "falls fast, hold" in held.why
     for decay_gram, pull in ((some, 0.0), (None, 0.0), (none, 0.01)):
         more = {"decay_gram": decay_gram, "pull": pull}
         left = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, **more))
