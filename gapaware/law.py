@@ -86,9 +86,9 @@ def drift_law(observation: Observation) -> Decision:
     weights nothing leaps.
 
     Only coherence and leaps act before the window is full and the run has lasted for W + 1 such thirds. f
-    does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, nor so far
-    that a step moves the weights by more than 15 % of their norm; and it stays once the schedule has come
-    down below half of its peak.
+    does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back as
+    momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm; and it
+    stays once the schedule has come down below half of its peak.
 
     Where the loss falls by more than 10 % a snapshot the plateau is behind. If neither weight decay nor a
     pull takes back what larger steps add to the weights, f comes down, to 4/5 each time, so that the run
@@ -164,8 +164,11 @@ def _decide(observation: Observation) -> Decision:
 
 
 def _warms_up(observation: Observation) -> bool:
-    """Whether the schedule raises the learning rate."""
-    return bool(observation.lrs[-1] > 1.0001 * observation.lrs[0])
+    """Whether the schedule raises the learning rate, or momentum remembers a smaller one."""
+    since = np.cumsum(observation.spans[::-1])
+    remembered = int(np.searchsorted(since, observation.momentum_memory)) + 1
+    before = observation.lrs[max(0, len(observation.lrs) - 1 - remembered)]
+    return bool(observation.lrs[-1] > 1.0001 * before)
 
 
 def _unbounded(observation: Observation) -> bool:

@@ -200,6 +200,19 @@ def test_warming_up_does_not_grow_but_may_shrink():
     assert drift_law(observe(updates(0.0) * lrs[:, None], lrs=lrs, scale=4.0)).scale < 4.0
 
 
+def test_a_warm_up_is_over_once_momentum_has_forgotten_it():
+    # four updates of 5 steps at the peak; momentum remembers 15, so three begin where the first one ends
+    lrs = np.concatenate((np.linspace(1e-4, 1e-3, W - 2)[:-1], np.full(4, 1e-3)))
+    x = updates(2.0) * lrs[:, None]
+    assert drift_law(observe(x, lrs=lrs)).scale > 1
+    early = lrs.copy()
+    early[-4] *= 0.95
+    assert "warms up" in drift_law(observe(x, lrs=early)).why
+    assert "warms up" in drift_law(observe(x, lrs=lrs, momentum_memory=30)).why
+    # spans that do not add up to the memory: the whole window counts
+    assert "warms up" in drift_law(observe(x, lrs=lrs, spans=np.ones(W + 1), momentum_memory=9)).why
+
+
 def test_cooling_down_holds_whatever_is_seen():
     for x in (updates(2.0), updates(0.0)):
         decision = drift_law(observe(x, scale=4.0, memory={"highest_lr": 3e-3}))
