@@ -234,7 +234,7 @@ def _wanted(
         factor, why = 1.0, "the loss falls, hold"
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
-    if trend.plunges and _unbounded(observation):
+    if _unbounded(observation) and trend.plunges:
         if observation.scale > 1:
             return min(factor, BRAKE**thirds), "the loss falls fast, back"
         return min(factor, 1.0), "the loss falls fast, hold"
