@@ -22,6 +22,8 @@ from benchmarks.factors import dressed, greedy_lr, random_bumps, reduce_on_plate
 from benchmarks.methods import LR_FACTORS, SWEEP, Base, Method, Occasion, Point, base_alone
 from benchmarks.tasks import BuildOptimizer
 from gapaware import Composite
+from gapaware.average import Average
+from gapaware.scaling import Scales
 
 LEAST_DECAY = 1e-3  # what stands for no weight decay when it is raised
 GROKFAST = (0.98, 2.0)  # alpha and lambda of its authors' algorithmic tasks
@@ -110,6 +112,20 @@ def mechanic(base: Base, point: Point, _: Occasion) -> BuildOptimizer:
     return base_alone(mechanize(base, s_decay=float(point)))
 
 
+def averaged(base: Base, _: Point, __: Occasion) -> BuildOptimizer:
+    """The base, evaluated at the very average that GapAware keeps where its weights wander."""
+
+    def dress(optimizer: torch.optim.Optimizer) -> None:
+        average, groups = Average(), optimizer.param_groups
+        always = [Scales(average=True)] * len(groups)
+        optimizer.register_step_post_hook(lambda *_: average.follow(groups, always))
+        optimizer.eval = lambda: average.eval(groups)  # type: ignore[attr-defined]
+        optimizer.train = lambda: average.train(groups)  # type: ignore[attr-defined]
+        average.train(groups)
+
+    return dressed(base, dress)
+
+
 def amplify_slow_gradients(alpha: float, lamb: float) -> Callable[..., None]:
     """A hook before the step that adds the gradients' moving average to them: Grokfast-EMA.
 
@@ -159,6 +175,7 @@ FILTERS = ((0.8, 0.1), (0.8, 2.0), (0.9, 1.0), (0.95, 5.0), (0.98, 0.5), (0.98, 
 RIVALS = (
     Method("random-bumps", "intervals a factor is kept", HOLDS, random_bumps, replays=True),
     Method("reduce-on-plateau", "lr", LR_FACTORS, reduce_on_plateau, lr_swept=True),
+    Method("averaged", "lr", LR_FACTORS, averaged, lr_swept=True),
     Method("schedule-free", "lr", LR_FACTORS, schedule_free, lr_swept=True),
     Method("prodigy", "d_coef", D_COEFS, prodigy),
     Method("greedy-lr", "patience", PATIENCES, greedy_lr),

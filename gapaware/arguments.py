@@ -27,6 +27,22 @@ def integer(name: str, value: Any, *, low: int, high: int | None = None, why: st
     return number
 
 
+def boolean(name: str, value: Any, *, why: str) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        TypeError: it is neither.
+
+    Example:
+        >>> boolean("average", 10, why="whether eval() may average")
+        Traceback (most recent call last):
+        TypeError: average=10: whether eval() may average; pass True or False
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: {why}; pass True or False")
+    return value
+
+
 def positive(
     name: str, value: Any, *, low: float = 0.0, high: float = float("inf"), why: str
 ) -> float:

@@ -47,13 +47,13 @@ class OwnState:
         """One entry of bytes, whose length may differ between checkpoints where a tensor's may not.
 
         And the starting weights where there are any, on which a checkpoint is loaded in place. The average
-        that a push follows is left out, since it comes and goes: a push starts anew.
+        that a push follows and that of the weights are left out, since they come and go: they start anew.
         """
         own = self.optimizer.state_dict()["gapaware"]
         weights = self.optimizer.starting_weights()
         if own["anchor"]:
             own["anchor"]["weights"] = {}
-        own["push"] = {}
+        own["push"], own["average"] = {}, {}
         buffer = io.BytesIO()
         torch.save(own, buffer)
         return {"bytes": buffer.getvalue(), **({"anchor": weights} if weights else {})}

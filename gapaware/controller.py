@@ -102,6 +102,8 @@ class Decision:
         push: times the average of the recent steps that follows each step; kept within [0, max_push]. While
             it is not 0 it takes a copy of the weights. A drift is then (1 + push) times as fast, and what
             bounces is not.
+        average: whether `GapAware.eval` puts the average of the last weights into the model. From its first
+            call on that takes a copy of them; training never sees it.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -112,6 +114,7 @@ class Decision:
     pull: float = 0.0
     momentum_scale: float = 1.0
     push: float = 0.0
+    average: bool = False
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 
@@ -124,6 +127,7 @@ class Decision:
             pull=float(self.pull),
             momentum=float(self.momentum_scale),
             push=min(float(self.push), max_push),
+            average=bool(self.average),
         )
 
 

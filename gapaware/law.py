@@ -55,6 +55,7 @@ RECOVERY = 0.03
 # beside the factor on the learning rate
 MOMENTUM_EXPONENT = -1 / 6
 PUSHED_FROM, PUSHED_TO = 0.3, 0.2
+WANDERING = 0.1
 
 
 def drift_law(observation: Observation) -> Decision:
@@ -101,6 +102,9 @@ def drift_law(observation: Observation) -> Decision:
     Where f has been as large as it may be for half a window and q > 0.3, the weights are pushed along their
     recent steps, ever more up to `max_push` and until q < 0.2 or a > 3. As the push grows Adam's momentum
     comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
+
+    Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is
+    better at their average. Where they drift it would lag behind.
 
     Snapshots are closer together at first, see `interval_for`, and twice as far apart where f has not left
     1 for four windows, a warm-up not counted. By more than that they would be too short beside those before
@@ -159,6 +163,7 @@ def _decide(observation: Observation) -> Decision:
         f"{figures}: {why}",
         momentum_scale=scale ** (MOMENTUM_EXPONENT * push / observation.max_push) if push else 1.0,
         push=push,
+        average=scale > 1 and motion.drift.mean < WANDERING and not (push or observation.pull),
         memory=memory,
     )
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware import arguments, layout
 from gapaware.anchor import Anchor
+from gapaware.average import Average
 from gapaware.controller import Controller
 from gapaware.delegation import is_number
 from gapaware.distributed import Sharing, Unsupported, alone, is_first, sharing
@@ -63,6 +64,7 @@ class GapAware(Resumable):
         max_push: how many times the average of the recent steps may follow each step, with mode="escape"
             where `max_scale` is not enough; 2. While it does, that takes a copy of the weights, and Adam's
             momentum is shorter; 0 does without. No limit for a controller of yours.
+        average: whether `eval()` may put the average of the last weights into the model.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
             the first step, or a state dict by parameter name, which needs a `base` made from
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
@@ -121,6 +123,7 @@ class GapAware(Resumable):
         max_scale: float | None = None,
         min_scale: float | None = None,
         max_push: float | None = None,
+        average: bool = True,
         granularity: str = "global",
         anchor: str | Mapping[str, Tensor] | None = None,
         anchor_device: torch.device | str | None = None,
@@ -151,6 +154,7 @@ class GapAware(Resumable):
             history_size=history_size,
             seed=seed,
         )
+        arguments.boolean("average", average, why="whether eval() may put an average in")
         if risk_limit is not None:
             arguments.positive("risk_limit", risk_limit, why="the risk of forgetting to warn of")
         self._anchor = None
@@ -177,7 +181,7 @@ class GapAware(Resumable):
             window=settled.window,
             together=granularity == "global",
         )
-        self._push = Push()
+        self._push, self._average = Push(), Average(average)
         self._pending = None
         self._entrusted = None
         self._metrics = Means()
@@ -196,6 +200,7 @@ class GapAware(Resumable):
                 "min_scale": settled.min_scale,
                 "max_scale": settled.max_scale,
                 "max_push": settled.max_push,
+                "average": average,
                 **self._observer.settings,
             },
         )
@@ -224,6 +229,8 @@ class GapAware(Resumable):
         return loss
 
     def _begin(self) -> tuple[list[Scales], dict[int, Scales] | None]:
+        if self._average.evaluating:
+            self._train_after_all()
         with self._guarded("the first snapshot"):
             if self._anchor is not None:
                 self._anchor.start(self.base.param_groups)
@@ -263,6 +270,8 @@ class GapAware(Resumable):
                 self._anchor.pull(self.base.param_groups, by_group, by_parameter)
         with self._guarded("the push along the recent steps"):
             self._push(self.base.param_groups, by_group, by_parameter, self._ranks)
+        with self._guarded("the average of the weights"):
+            self._average.follow(self.base.param_groups, by_group, by_parameter)
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1
@@ -343,6 +352,46 @@ class GapAware(Resumable):
             'stay, end training here, lower the learning rate, or use mode="retain" (said once)',
             stacklevel=6,
         )
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def eval(self) -> None:
+        """Put the average of the last weights into the model, where a raised factor makes them wander.
+
+        As with Schedule-Free: call it before an evaluation or a checkpoint, and `train()` before the next
+        step; the Hugging Face Trainer does. From the first call of either on there may be an average, a
+        copy of the weights where there is one (none of shards). Everywhere else, with `average=False`, and
+        at a factor of 1, nothing moves. A wrapped optimizer with an `eval()` of its own decides itself.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-3))
+            >>> optimizer.eval()  # evaluate, save
+            >>> optimizer.train()
+        """
+        self._switch("eval")
+
+    def train(self) -> None:
+        """Put the weights that are trained back after `eval()`, unless others were loaded in between."""
+        self._switch("train")
+
+    def _switch(self, to: str) -> None:
+        theirs = getattr(self.base, to, None)
+        if callable(theirs):
+            theirs()
+            return
+        with self._guarded("the average of the weights"):
+            getattr(self._average, to)(self.base.param_groups)
+
+    def _train_after_all(self) -> None:
+        if self._average.exchanged and "train" not in self._warned:
+            self._warned.add("train")
+            warnings.warn(
+                "step() after eval(): its gradient is that of the average of the weights; call train() on "
+                "the optimizer before the next step, as on the model (said once)",
+                stacklevel=4,
+            )
+        self.train()
 
     # -- what a person sees ------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 weights bounce cancel in m, those in which they drift add up. How strong the push λ is, is not decided here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from gapaware.anchor import Groups, Place, places
 from gapaware.distributed import Sharing, local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
+from gapaware.room import check_room
 from gapaware.scaling import NEUTRAL, Scales
 
 LEAST_MEMORY = 3  # steps; a shorter average is the step itself
@@ -94,7 +95,7 @@ class Push:
             return
         refusal: Exception | None = None
         try:
-            _check_room([parameter for _, parameter in parameters])
+            check_room([parameter for _, parameter in parameters])
             copies = {place: parameter.detach().clone() for place, parameter in parameters}
             self._behind.update(copies)
         except (MemoryError, RuntimeError) as error:
@@ -124,28 +125,3 @@ class Push:
                 raise ValueError(f"the push has a weight {key} that fits no parameter")
             behind[group, index] = saved.to(parameter.device, parameter.dtype, copy=True)
         self._behind = behind
-
-
-def _check_room(parameters: Iterable[Tensor]) -> None:
-    """Refuse a copy where the device has no memory for it beside the most that training has ever taken.
-
-    Raises:
-        MemoryError: that is so, on a CUDA device; of others it is not known.
-    """
-    needed: dict[torch.device, int] = {}
-    for parameter in map(local, parameters):
-        if parameter.is_cuda:
-            size = parameter.numel() * parameter.element_size()
-            needed[parameter.device] = needed.get(parameter.device, 0) + size
-    for device, size in needed.items():
-        room = _room(device)
-        if size > room:
-            raise MemoryError(
-                f"{size / 2**20:.0f} MiB on {device} for a copy of the weights, {room / 2**20:.0f} are free"
-            )
-
-
-def _room(device: torch.device) -> int:
-    """Bytes that nobody has taken when training takes as much as it ever did."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_reserved(device)

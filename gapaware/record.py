@@ -29,8 +29,8 @@ def record(
         With the keys step, lr and lr_scaled (a value for each parameter group, before and after
         scaling), scale (the factor during the update), next_scale (the one decided on),
         weight_decay_scale, regime, decision, why and spectrum; risk (of forgetting) where the start is
-        known; pull, push and momentum_scale (those decided on) where there are any; scales by row when
-        there are several factors; loss and metrics where they were logged; and those of `clock`.
+        known; pull, push, average and momentum_scale (those decided on) where there are any; scales by row
+        when there are several factors; loss and metrics where they were logged; and those of `clock`.
     """
     during = sighting.conditions[-1]
     by_group: dict[int, tuple[float, float]] = {}
@@ -53,7 +53,7 @@ def record(
     risk = None if sighting.risk is None else float(sighting.risk.result())
     if risk is not None and isfinite(risk):
         described["risk"] = risk
-    for name in ("pull", "push"):
+    for name in ("pull", "push", "average"):
         if getattr(after[0], name):
             described[name] = getattr(after[0], name)
     if after[0].momentum != 1.0:

@@ -21,6 +21,7 @@ class Scales:
             left alone.
         push: times the average of the recent steps that follows a step, see `gapaware.push`.
         pull: share of the way back to the starting weights that follows a step, see `gapaware.anchor`.
+        average: whether the weights are averaged for evaluation, see `gapaware.average`.
     """
 
     lr: float = 1.0
@@ -28,10 +29,11 @@ class Scales:
     pull: float = 0.0
     momentum: float = 1.0
     push: float = 0.0
+    average: bool = False
 
     @property
     def neutral(self) -> bool:
-        """Whether nothing is scaled, pulled or pushed."""
+        """Whether nothing is scaled, pulled, pushed or averaged."""
         return self == NEUTRAL
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gapaware import arguments
 from gapaware.anchor import Anchor
+from gapaware.average import Average
 from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
@@ -43,6 +44,7 @@ class Resumable(Wrapper):
     _steering: Steering
     _anchor: Anchor | None
     _push: Push
+    _average: Average
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
@@ -95,6 +97,7 @@ class Resumable(Wrapper):
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
                 "push": self._push.state_dict(),
+                "average": self._average.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,
@@ -119,7 +122,8 @@ class Resumable(Wrapper):
         self._steering.restart()
         if self._anchor is not None:
             self._anchor.restart()
-        self._push, self._pending, self._metrics = Push(), None, Means()
+        self._push, self._average = Push(), self._average.fresh()
+        self._pending, self._metrics = None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
         self.history = self.history.fresh()
@@ -141,8 +145,11 @@ class Resumable(Wrapper):
             pending, anchor, push = None, copy(self._anchor), Push()
             if anchor is not None and ours.get("anchor") is not None:
                 anchor.load_state_dict(ours["anchor"], self.base.param_groups)
+            average = self._average.fresh()
             # states of gapaware 0.1.0 have none
             push.load_state_dict(ours.get("push", {}), self.base.param_groups)
+            if ours.get("average"):
+                average.load_state_dict(ours["average"], self.base.param_groups)
             steering.load_state_dict(ours["steering"])
             history.load_state_dict(ours["history"])
             same_settings = ours["observer"]["settings"] == settings
@@ -165,6 +172,7 @@ class Resumable(Wrapper):
                 "_steering": steering,
                 "_anchor": anchor,
                 "_push": push,
+                "_average": average,
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,

@@ -254,9 +254,15 @@ class Steering:
         pull: float = 0.0,
         momentum: float = 1.0,
         push: float = 0.0,
+        average: bool = False,
     ) -> Scales:
         decision = Decision(
-            lr, weight_decay_scale=weight_decay, pull=pull, momentum_scale=momentum, push=push
+            lr,
+            weight_decay_scale=weight_decay,
+            pull=pull,
+            momentum_scale=momentum,
+            push=push,
+            average=average,
         )
         return as_decision(decision).scales(self._low, self._high, max_push)
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from gapaware import Decision, GapAware, OwnState
-from gapaware import push as push_module
+from gapaware import Decision, GapAware, OwnState, room
 from gapaware.push import Push
 from gapaware.scaling import Scales
 
@@ -252,7 +251,7 @@ def test_no_more_than_the_user_allows():
 
 def test_no_copy_that_training_may_lack_the_memory_for(monkeypatch):
     """What is free when training takes as much as it ever did, here 100 bytes of each device."""
-    monkeypatch.setattr(push_module, "_room", lambda device: 100)
+    monkeypatch.setattr(room, "_room", lambda device: 100)
     with FakeTensorMode():
         small, large = (nn.Parameter(torch.zeros(n, device="cuda")) for n in (20, 30))
         on_the_cpu = nn.Parameter(torch.zeros(1000))

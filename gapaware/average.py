@@ -1,0 +1,183 @@
+"""The average of the recent weights, to evaluate at: what a large learning rate makes noisy, it smooths.
+
+θ̄ ← θ̄ + (θ − θ̄)/10 after each step, beside training, which never sees it (Polyak and Juditsky, 1992). As
+with Schedule-Free, `eval()` puts θ̄ into the model and `train()` puts θ back. Where there is an average, is
+not decided here.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapaware.anchor import Groups, Place, places
+from gapaware.distributed import is_dtensor
+from gapaware.room import check_room
+from gapaware.scaling import NEUTRAL, Scales
+
+STEPS = 10
+
+
+class Average:
+    """The average of the weights of each parameter, kept from the first `eval` or `train` on.
+
+    One copy of the parameters, in float32 at least, and only while an average is asked for. Shards
+    (DTensors) have none: their ranks would have to agree on it.
+
+    Args:
+        allowed: whether there may be any.
+
+    Attributes:
+        evaluating: whether `eval` was called, and `train` not yet.
+
+    Example:
+        >>> weights = torch.nn.Parameter(torch.zeros(1))
+        >>> groups = [{"params": [weights]}]
+        >>> average = Average()
+        >>> average.train(groups)
+        >>> for _ in range(2):
+        ...     average.follow(groups, [Scales(average=True)])
+        ...     with torch.no_grad():
+        ...         _ = weights.add_(1.0)
+        >>> average.eval(groups)
+        >>> round(weights.item(), 3)
+        0.1
+        >>> average.train(groups)
+        >>> weights.item()
+        2.0
+    """
+
+    def __init__(self, allowed: bool = True) -> None:
+        self._allowed = allowed
+        self._wanted = False
+        self.evaluating = False
+        self._other: dict[Place, Tensor] = {}
+        self._written: dict[Place, int] = {}
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the model has the average now, and the copy the weights that are trained."""
+        return self.evaluating and bool(self._other)
+
+    @torch.no_grad()
+    def follow(
+        self,
+        groups: Groups,
+        by_group: Sequence[Scales],
+        by_parameter: Mapping[int, Scales] | None = None,
+    ) -> None:
+        """Take the weights after a step into the average; it begins with them where there was none.
+
+        Without memory for it there is a warning, and no average from then on.
+
+        Args:
+            groups: of the wrapped optimizer.
+            by_group: scales of each group.
+            by_parameter: scales by `id(parameter)`, which then decide instead.
+        """
+        before, self._other = self._other, {}
+        chosen_by = by_group if by_parameter is None else by_parameter.values()
+        if not (self._wanted and any(scales.average for scales in chosen_by)):
+            return
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        begin: list[tuple[Place, Tensor]] = []
+        for place, parameter in places(groups):
+            chosen = by_group[place[0]]
+            if by_parameter is not None:
+                chosen = by_parameter.get(id(parameter), NEUTRAL)
+            if not chosen.average or not parameter.requires_grad or is_dtensor(parameter):
+                continue
+            mean = before.get(place)
+            if mean is None or mean.shape != parameter.shape or mean.device != parameter.device:
+                begin.append((place, parameter))
+                continue
+            self._other[place] = mean
+            means, weights = alike.setdefault((mean.device, mean.dtype), ([], []))
+            means.append(mean)
+            weights.append(parameter.detach().to(mean.dtype))
+        for means, weights in alike.values():
+            torch._foreach_lerp_(means, weights, 1 / STEPS)
+        self._begin(begin)
+
+    def _begin(self, parameters: Sequence[tuple[Place, Tensor]]) -> None:
+        try:
+            check_room([parameter for _, parameter in parameters])
+            for place, parameter in parameters:
+                self._other[place] = _copy(parameter)
+        except (MemoryError, RuntimeError) as error:
+            self._allowed, self._wanted, self._other = False, False, {}
+            warnings.warn(
+                f"GapAware keeps no average of the weights ({error}): eval() leaves them as they are, and "
+                "training goes on",
+                stacklevel=6,
+            )
+
+    @torch.no_grad()
+    def eval(self, groups: Groups) -> None:
+        """Put the average into the model, where there is one."""
+        self._wanted = self._allowed
+        if not self.evaluating:
+            self._exchange(groups)
+            self.evaluating = True
+
+    @torch.no_grad()
+    def train(self, groups: Groups) -> None:
+        """Put the weights that are trained back, unless somebody has written others in the meantime."""
+        self._wanted = self._allowed
+        if not self.evaluating:
+            return
+        self.evaluating = False
+        parameters = dict(places(groups))
+        written = {
+            place: parameters[place]._version for place in self._other if place in parameters
+        }
+        if self._written and written != self._written:
+            self._other = {}
+        self._exchange(groups)
+
+    def _exchange(self, groups: Groups) -> None:
+        self._written = {}
+        for place, parameter in places(groups):
+            other = self._other.get(place)
+            if other is not None and other.shape == parameter.shape:
+                here = parameter.detach().to(other.device, other.dtype, copy=True)
+                parameter.copy_(other)
+                other.copy_(here)
+                self._written[place] = parameter._version
+
+    def fresh(self) -> "Average":
+        """One that has seen nothing yet, for the same user."""
+        new = Average(self._allowed)
+        new._wanted = self._wanted
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, or while the model has it the weights that are trained, by group and place."""
+        return {
+            "weights": {f"{group}.{index}": w for (group, index), w in self._other.items()},
+            "evaluating": self.evaluating,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], groups: Groups) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: a weight does not fit its parameter.
+        """
+        parameters = dict(places(groups))
+        other = {}
+        for key, saved in state["weights"].items():
+            group, index = map(int, key.split("."))
+            parameter = parameters.get((group, index))
+            if parameter is None or parameter.shape != saved.shape:
+                raise ValueError(f"the average has a weight {key} that fits no parameter")
+            other[group, index] = _copy(saved.to(parameter.device))
+        self._other, self._written = other, {}
+        self.evaluating = bool(state["evaluating"])
+
+
+def _copy(weights: Tensor) -> Tensor:
+    """In float32 at least: a tenth of a difference is lost in bfloat16."""
+    return weights.detach().to(torch.promote_types(weights.dtype, torch.float32), copy=True)
