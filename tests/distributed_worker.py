@@ -358,6 +358,26 @@ def pushed(folder: Path) -> Any:
     return extrapolated(fsdp)
 
 
+def averaged(folder: Path) -> Any:
+    """Of shards there is no average; of replicas each has its own, whoever asks for it."""
+    found = {}
+    for kind, shard in (("shards", fsdp), ("replicas", DistributedDataParallel)):
+        model = shard(network())
+        group = dist.group.WORLD if kind == "replicas" else None
+        averaging = {"controller": lambda seen: Decision(2.0, average=True)}
+        optimizer = wrapped(model, process_group=group, **averaging)
+        if kind == "shards" or dist.get_rank() == 0:
+            optimizer.train()
+        train(model, optimizer)
+        trained = [p.clone() for p in weights(model)]
+        optimizer.eval()
+        found[kind] = (trained, [p.clone() for p in weights(model)])
+        optimizer.train()
+        train(model, optimizer, range(STEPS, STEPS + 4))
+        found[f"{kind}, later"] = weights(model)
+    return found
+
+
 def retained(folder: Path) -> Any:
     return anchored(fsdp)
 
@@ -513,7 +533,7 @@ SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
         sketch_fault, accounting_fault, replica_fault, push_fault, trainers_optimizer, not_a_number, losses,
-        one_log, save, retained, retained_and_saved, pushed,
+        one_log, save, retained, retained_and_saved, pushed, averaged,
     ],
     4: [
         fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,

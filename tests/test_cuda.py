@@ -260,6 +260,33 @@ def test_a_push_does_not_wait_and_needs_room(monkeypatch):
 
 
 @cuda
+def test_an_average_does_not_wait_and_needs_room(monkeypatch):
+    def always(_):
+        return Decision(2.0, average=True)
+
+    model = mlp().to(GPU)
+    optimizer = GapAware(BASES["adamw fused"](model), controller=always, **WATCH)
+    optimizer.train()
+    train(model, optimizer, 60, NoWaiting)
+    assert not faults(optimizer), faults(optimizer)
+    trained = [p.detach().clone() for p in model.parameters()]
+    with NoWaiting():
+        optimizer.eval()
+    assert not any(map(torch.equal, trained, model.parameters()))
+    with NoWaiting():
+        optimizer.train()
+    assert all(map(torch.equal, trained, model.parameters()))
+    # what a person's run has reserved stays its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    model = mlp().to(GPU)
+    optimizer = GapAware(BASES["adamw fused"](model), controller=always, **WATCH)
+    optimizer.train()
+    with pytest.warns(UserWarning, match="keeps no average of the weights"):
+        train(model, optimizer, 60)
+    assert optimizer.scales == [2.0]
+
+
+@cuda
 def test_waiting_is_noticed():
     """So that the test above can fail."""
     x = torch.ones(3, device=GPU)

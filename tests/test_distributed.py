@@ -361,6 +361,16 @@ def test_shards_are_pushed_as_the_whole_is(two):
             assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_shards_are_not_averaged_and_replicas_each_for_themselves(two):
+    first, second = of(two, "averaged")
+    for trained, evaluated in (first["shards"], second["shards"]):
+        assert all(map(torch.equal, trained, evaluated))
+    # only the first rank had asked before its evaluation
+    moved = [not all(map(torch.equal, *result["replicas"])) for result in (first, second)]
+    assert moved == [True, False]
+    assert all(map(torch.equal, first["replicas, later"], second["replicas, later"]))
+
+
 def test_starting_weights_are_saved_by_shards_and_loaded_by_others(two, four):
     expected = of(two, "retained_and_saved")[0]
     for result in of(four, "retained_and_resumed"):

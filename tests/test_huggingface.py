@@ -76,6 +76,7 @@ def trainer_for(
         model=tiny_bert(),
         args=args,
         train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, **options),
     )
@@ -279,6 +280,44 @@ def test_backends_and_callbacks_get_the_forgetting_risk(tmp_path):
     logged = [logs["gapaware/risk"] for logs in backend.logs if "gapaware/risk" in logs]
     assert len(set(logged)) > 2
     assert list(dict.fromkeys(logged)) == risks
+
+
+def test_the_trainer_evaluates_and_saves_the_average_and_trains_without_it(tmp_path):
+    """It calls eval() and train() of an optimizer; what it saves resumes the trained weights."""
+
+    def wandering(observation):
+        return Decision(4.0, average=True)
+
+    def run(folder, resume=None, **overrides):
+        args = arguments(tmp_path / folder, learning_rate=1e-2, **overrides)
+        average = folder != "without"
+        trainer = trainer_for(args, controller=wandering, interval=2, average=average)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    trainer, without = run("with", **evaluated), run("without", **evaluated)
+
+    def losses(trainer):
+        return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    # the first is before there is a decision
+    assert losses(trainer)[0] == losses(without)[0]
+    assert losses(trainer)[1:] != losses(without)[1:]
+    # it ended with an evaluation
+    assert not torch.equal(weights(trainer), weights(without))
+    gapaware_of(trainer.optimizer).train()
+    assert torch.equal(weights(trainer), weights(without))
+
+    resumed = run("with", resume=str(tmp_path / "with" / "checkpoint-8"), **evaluated)
+    gapaware_of(resumed.optimizer).train()
+    assert torch.equal(weights(resumed), weights(without))
+    assert losses(resumed)[-1] == losses(trainer)[-1]
 
 
 def test_a_scale_is_logged_before_there_is_a_decision(tmp_path):

@@ -22,6 +22,7 @@ from gapaware.law import (
     RETREAT,
     RETURN,
     STRIDE,
+    WANDERING,
     WINDOW_GROWTH,
     drift_law,
 )
@@ -594,6 +595,30 @@ def test_a_push_takes_steps_no_further_than_the_weights_allow():
     # the push gives way before the factor does
     less = pushing(x, weight_norm=0.5 * step / STRIDE, push=1.5, memory=unseen.memory)
     assert (less.scale, less.push) == (64.0, pytest.approx(0.25))
+
+
+def test_wandering_weights_are_averaged():
+    """Where the factor was raised and what is left of the drift is noise."""
+    wandering = drift_law(observe(updates(0.0), scale=8.0))
+    assert wandering.average
+    seen = observe(updates(0.3), scale=8.0)
+    assert drift(seen.gram[1:, 1:], seen.spans[1:], 15).mean == pytest.approx(WANDERING, abs=0.03)
+    there_and_back = updates(2.0) * (-1.0) ** np.arange(W + 1)[:, None]
+    assert drift_law(observe(there_and_back, scale=8.0)).average
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"scale": 1.0},
+        {"updates": updates(0.7)},
+        {"pull": 0.1},
+        {"updates": updates(2.0), "scale": 64.0},  # pushed
+        {"lrs": np.linspace(1e-3, 4e-4, W + 1)},  # the schedule cools down
+    ],
+)
+def test_nothing_else_is_averaged(unlike):
+    assert not drift_law(observe(**{"updates": updates(0.0), "scale": 8.0, **unlike})).average
 
 
 def test_retain_law_gives_way_adiabatically():

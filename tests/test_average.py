@@ -1,0 +1,330 @@
+"""The average of the weights, which `eval()` puts into the model and `train()` takes out."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gapaware import Decision, GapAware, OwnState
+from gapaware import average as average_module
+from gapaware.average import STEPS, Average
+from gapaware.scaling import Scales
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - x[:, :2] - 3).square().mean().backward()
+        optimizer.step()
+
+
+def averaged(model, average=True, **more):
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    asked = {"controller": lambda seen: Decision(1.5, average=average)}
+    return GapAware(base, **{"interval": 2, "sketch_dim": 64, **asked, **more})
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one, other):
+    return all(map(torch.equal, one, other))
+
+
+def kept(optimizer):
+    return optimizer.state_dict()["gapaware"]["average"]["weights"]
+
+
+def test_it_is_the_exponential_average_of_the_weights():
+    """By hand, from the first step on."""
+    points = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    groups, average, mean = [{"params": [theta]}], Average(), points[0]
+    average.train(groups)
+    for number, point in enumerate(points):
+        with torch.no_grad():
+            theta.copy_(point)
+        average.follow(groups, [Scales(average=True)])
+        mean = mean + (point - mean) / STEPS if number else point
+    average.eval(groups)
+    assert torch.allclose(theta, mean, rtol=1e-12, atol=1e-12)
+    average.train(groups)
+    assert torch.equal(theta, points[-1])
+
+
+def test_it_is_nearer_where_the_weights_wander():
+    """Noisy descent of a quadratic from its minimum: the average wanders less far."""
+    generator = torch.Generator().manual_seed(0)
+    theta = nn.Parameter(torch.zeros(100))
+    optimizer = GapAware(
+        torch.optim.SGD([theta], lr=0.5), controller=lambda seen: Decision(1.0, average=True)
+    )
+    optimizer.train()
+    for _ in range(100):
+        theta.grad = theta.detach() + torch.randn(100, generator=generator)
+        optimizer.step()
+    far = theta.norm().item()
+    optimizer.eval()
+    # variances of AR(1), x ← (x − n)/2, and of its exponential average with 1/10
+    assert theta.norm().item() < 0.6 * far
+
+
+def test_training_does_not_see_it():
+    model, twin = network(), network()
+    optimizer, alone = averaged(model), averaged(twin, average=False)
+    for step in range(40):
+        train(model, optimizer, [step])
+        optimizer.eval()
+        optimizer.eval()  # twice is once
+        evaluated = weights(model)
+        optimizer.train()
+        optimizer.train()
+        train(twin, alone, [step])
+        assert equal(model.parameters(), twin.parameters())
+    assert not equal(evaluated, model.parameters())
+    assert optimizer.history[-1]["average"] is True
+    assert "average" not in alone.history[-1]
+
+
+def test_nothing_is_kept_before_somebody_evaluates():
+    model = network()
+    optimizer = averaged(model)
+    train(model, optimizer, range(30))
+    assert kept(optimizer) == {}
+    optimizer.eval()  # there is none yet
+    optimizer.train()
+    train(model, optimizer, [30])
+    assert len(kept(optimizer)) == 4
+
+
+@pytest.mark.parametrize("without", [{"average": False}, {"controller": lambda seen: 1.5}])
+def test_none_is_kept_where_none_is_wanted(without):
+    model = network()
+    optimizer = averaged(model)
+    optimizer = GapAware(optimizer.base, interval=2, sketch_dim=64, **without)
+    optimizer.train()
+    train(model, optimizer, range(30))
+    before = weights(model)
+    optimizer.eval()
+    assert kept(optimizer) == {}
+    assert equal(model.parameters(), before)
+
+
+def test_it_is_let_go_when_the_decision_changes():
+    model = network()
+    optimizer = averaged(model, controller=lambda seen: Decision(1.5, average=seen.step < 20))
+    optimizer.train()
+    train(model, optimizer, range(19))
+    assert len(kept(optimizer)) == 4
+    train(model, optimizer, range(19, 40))
+    assert kept(optimizer) == {}
+
+
+def test_rows_are_averaged_apart():
+    model = network()
+    seen = {}
+
+    def one(observation):
+        seen[observation.row] = True
+        return Decision(1.5, average=observation.row == next(iter(seen)))
+
+    optimizer = averaged(model, granularity="block", controller=one)
+    optimizer.train()
+    train(model, optimizer, range(40))
+    assert list(kept(optimizer)) == ["0.0"]
+    before = weights(model)
+    optimizer.eval()
+    same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert same == [False, True, True, True]
+
+
+def test_of_bfloat16_it_is_kept_in_float32():
+    model, twin = network().bfloat16(), network().bfloat16()
+
+    def steps(model, optimizer, evaluate):
+        for number in range(40):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.01 * (-1) ** number)
+            optimizer.step()
+            if evaluate:
+                optimizer.eval()
+                optimizer.train()
+
+    optimizer = averaged(model)
+    steps(model, optimizer, evaluate=True)
+    steps(twin, averaged(twin), evaluate=False)
+    assert {w.dtype for w in kept(optimizer).values()} == {torch.float32}
+    assert equal(model.parameters(), twin.parameters())
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(evaluating):
+    """From a checkpoint of the average, too, as the Trainer writes it after an evaluation."""
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    if evaluating:
+        optimizer.eval()
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+    optimizer.train()
+    train(model, optimizer, range(25, 50))
+
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    other = network(seed=1)
+    resumed = averaged(other)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    resumed.train()
+    train(other, resumed, range(25, 50))
+    assert equal(model.parameters(), other.parameters())
+    optimizer.eval()
+    resumed.eval()
+    assert equal(model.parameters(), other.parameters())
+
+
+def test_a_sharded_checkpoint_leaves_it_out():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    other = averaged(network())
+    OwnState(other).load_state_dict(OwnState(optimizer).state_dict())
+    assert len(kept(optimizer)) == 4
+    assert kept(other) == {}
+
+
+def test_weights_that_are_loaded_meanwhile_stay():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    optimizer.eval()
+    best = network(seed=5).state_dict()
+    model.load_state_dict(best)
+    optimizer.train()
+    assert equal(model.parameters(), best.values())
+    train(model, optimizer, range(25, 27))
+    assert optimizer.history.column("decision").count("fault") == 0
+
+
+def test_a_step_without_train_is_warned_of_once_and_goes_on_with_the_trained_weights():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    trained = weights(model)
+    optimizer.eval()
+    for p in model.parameters():
+        p.grad = None  # a step that moves nothing
+    with pytest.warns(UserWarning, match=r"step\(\) after eval\(\).*call train\(\)"):
+        optimizer.step()
+    assert equal(model.parameters(), trained)
+    optimizer.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_step_without_train_is_no_matter_where_there_is_no_average():
+    model = network()
+    optimizer = averaged(model, average=False)
+    optimizer.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(4))
+
+
+def test_without_memory_there_is_none_and_training_goes_on(monkeypatch):
+    def no_room(parameters):
+        raise MemoryError("1 MiB too little")
+
+    model, twin = network(), network()
+    optimizer, alone = averaged(model), averaged(twin)
+    optimizer.train()
+    monkeypatch.setattr(average_module, "check_room", no_room)
+    with pytest.warns(UserWarning, match="keeps no average of the weights.*1 MiB") as warned:
+        train(model, optimizer, range(30))
+    assert len(warned) == 1
+    train(twin, alone, range(30))
+    before = weights(model)
+    optimizer.eval()
+    assert equal(model.parameters(), before)
+    assert equal(model.parameters(), twin.parameters())
+    assert optimizer.scales == [1.5]
+
+
+def test_an_optimizer_with_an_average_of_its_own_decides_itself():
+    class Switching(torch.optim.SGD):
+        mode = "train"
+
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    model = network()
+    base = Switching(model.parameters(), lr=0.05)
+    optimizer = GapAware(
+        base, interval=2, sketch_dim=64, controller=lambda seen: Decision(1.5, average=True)
+    )
+    optimizer.train()
+    train(model, optimizer, range(20))
+    optimizer.eval()
+    assert base.mode == "eval"
+    assert kept(optimizer) == {}
+    optimizer.train()
+    assert base.mode == "train"
+
+
+def test_a_frozen_parameter_and_one_that_was_replaced():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(20))
+    model[0].weight.requires_grad_(False)
+    train(model, optimizer, range(20, 30))
+    assert list(kept(optimizer)) == ["0.1", "0.2", "0.3"]
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["gapaware"]["average"]["weights"]["0.0"] = torch.zeros(5)
+    before = copy.deepcopy(kept(optimizer))
+    with pytest.raises(ValueError, match=r"weight 0\.0 that fits no parameter"):
+        optimizer.load_state_dict(damaged)
+    assert equal(kept(optimizer).values(), before.values())
+
+
+def test_a_state_without_one_forgets_it():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    optimizer.load_state_dict(optimizer.base.state_dict())
+    assert kept(optimizer) == {}
+    # whoever evaluates still does
+    train(model, optimizer, range(25, 50))
+    assert len(kept(optimizer)) == 4
+
+
+def test_the_argument_is_checked():
+    with pytest.raises(TypeError, match=r"average=10: .*; pass True or False"):
+        GapAware(torch.optim.SGD(network().parameters(), lr=0.1), average=10)
