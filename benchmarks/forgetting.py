@@ -58,7 +58,6 @@ FIRST = (
     "gapaware-rehearsed",
     "gapaware-consolidate",
 )
-WITH_MUON = (*FIRST, "pseudorehearsal")
 QUICK_TASKS, QUICK_SEEDS = (SPLIT.name, ROTATED.name), 3
 KEPT_RUNS = Path("runs/forgetting.jsonl")
 COMMITTED_RUNS = Path(__file__).parent / "results" / "forgetting.jsonl"
@@ -147,7 +146,6 @@ def plan(
         for base in bases
         if base == "adamw" or TASKS[task].muon_lr
         for method in methods
-        if base == "adamw" or method in WITH_MUON
         if not (TASKS[task].earlier and method in LAST_STAGE_ONLY)
         for seed in range(seeds)
         for value in METHODS[method].values
