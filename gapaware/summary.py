@@ -51,10 +51,11 @@ def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str
         "gapaware_share": _gapaware_share(records),
         "regimes": _regime_shares(records),
         "decisions": dict(decisions),
-        "raised": _first_and_last(records, "raise"),
-        "lowered": _first_and_last(records, "lower"),
+        "raised": _first_and_last(records, "decision", "raise"),
+        "lowered": _first_and_last(records, "decision", "lower"),
         "scale": {**_range(scale), "median": _median(scale)},
         "push": _push(records),
+        "average": _first_and_last(records, "average", True),
         "lr": _range(_numbers(records, "lr")),
         "lr_scaled": _range(_numbers(records, "lr_scaled")),
         "gap_position": _most_common(records, "spectrum.gap_position"),
@@ -97,6 +98,7 @@ def summarize(header: Mapping[str, Any], records: Sequence[Record]) -> str:
         "decision": _decision_line(found),
         "scale": _scale_line(found),
         "push": _push_line(found),
+        "average": _average_line(found),
         "lr": _lr_line(found),
         "gap": _gap_line(found),
         "a": _adiabaticity_line(found),
@@ -167,8 +169,8 @@ def _regime_shares(records: Sequence[Record]) -> dict[str, float]:
     return {name: steps[name] / steps.total() for name in ordered}
 
 
-def _first_and_last(records: Sequence[Record], decision: str) -> list[int] | None:
-    steps = [record["step"] for record in records if record.get("decision") == decision]
+def _first_and_last(records: Sequence[Record], name: str, value: Any) -> list[int] | None:
+    steps = [record["step"] for record in records if record.get(name) == value]
     return [steps[0], steps[-1]] if steps else None
 
 
@@ -223,6 +225,13 @@ def _push_line(found: Mapping[str, Any]) -> str:
         return ""
     return (
         f"up to {push['max']:.3g} times the recent steps (steps {push['first']} - {push['last']})"
+    )
+
+
+def _average_line(found: Mapping[str, Any]) -> str:
+    average = found["average"]
+    return (
+        "" if average is None else f"of the weights, for eval() (steps {average[0]} - {average[1]})"
     )
 
 

@@ -98,7 +98,7 @@ def known_run():
         snapshot(20, a=0.05, decision="raise", scale=2.0, risk=0.02),
         fault(25),
         snapshot(30, a=0.5, decision="raise", scale=8.0, gap_position=2, lr=(1e-3, 5e-4), push=1.5),
-        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01),
+        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01, average=True),
     ]
 
 
@@ -110,6 +110,7 @@ def test_statistics_of_a_run_worked_out_by_hand():
     assert found["lowered"] == [40, 40]
     assert found["scale"] == {"min": 1.0, "max": 8.0, "median": 2.0}
     assert found["push"] == {"first": 30, "last": 30, "max": 1.5}
+    assert found["average"] == [40, 40]
     assert found["lr"] == {"min": 5e-4, "max": 1e-3}
     assert found["lr_scaled"] == {"min": 1e-3, "max": 8e-3}
     assert found["gap_position"] == {"mode": 1, "share": 0.75}
@@ -149,6 +150,7 @@ def test_summary_reads_as_a_table():
         "decision": "raise 2 (steps 20 - 30), hold 1, lower 1 (steps 40 - 40)",
         "scale": "1 - 8, median 2",
         "push": "up to 1.5 times the recent steps (steps 30 - 30)",
+        "average": "of the weights, for eval() (steps 40 - 40)",
         "lr": "0.0005 - 0.001 scheduled, 0.001 - 0.008 applied",
         "gap": "after mode 1 in 75% of snapshots (thesis: 2 in 100%), ratio R 2",
         "a": "median 0.28",
