@@ -48,6 +48,7 @@ class OwnState:
 
         And the starting weights where there are any, on which a checkpoint is loaded in place. The average
         that a push follows and that of the weights are left out, since they come and go: they start anew.
+        What is saved between `eval()` and `train()` resumes from the average.
         """
         own = self.optimizer.state_dict()["gapaware"]
         weights = self.optimizer.starting_weights()
