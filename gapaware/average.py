@@ -111,7 +111,7 @@ class Average:
             warnings.warn(
                 f"GapAware keeps no average of the weights ({error}): eval() leaves them as they are, and "
                 "training goes on",
-                stacklevel=6,
+                stacklevel=8,
             )
 
     @torch.no_grad()

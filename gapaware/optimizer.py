@@ -18,6 +18,7 @@ from gapaware.controller import Controller
 from gapaware.delegation import is_number
 from gapaware.distributed import Sharing, Unsupported, alone, is_first, sharing
 from gapaware.dry_run import is_dry_run
+from gapaware.evaluation import Evaluating
 from gapaware.history import History
 from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
@@ -28,11 +29,10 @@ from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
-from gapaware.state import Resumable
 from gapaware.steering import ControllerFault, Steering
 
 
-class GapAware(Resumable):
+class GapAware(Evaluating):
     """Wrap an optimizer: watch the spectrum of its updates and scale its learning rate.
 
     Every `interval` steps the parameters are sketched; the last `window` differences between sketches
@@ -352,46 +352,6 @@ class GapAware(Resumable):
             'stay, end training here, lower the learning rate, or use mode="retain" (said once)',
             stacklevel=6,
         )
-
-    # -- evaluation --------------------------------------------------------------------------------
-
-    def eval(self) -> None:
-        """Put the average of the last weights into the model, where a raised factor makes them wander.
-
-        As with Schedule-Free: call it before an evaluation or a checkpoint, and `train()` before the next
-        step; the Hugging Face Trainer does. From the first call of either on there may be an average, a
-        copy of the weights where there is one (none of shards). Everywhere else, with `average=False`, and
-        at a factor of 1, nothing moves. A wrapped optimizer with an `eval()` of its own decides itself.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-3))
-            >>> optimizer.eval()  # evaluate, save
-            >>> optimizer.train()
-        """
-        self._switch("eval")
-
-    def train(self) -> None:
-        """Put the weights that are trained back after `eval()`, unless others were loaded in between."""
-        self._switch("train")
-
-    def _switch(self, to: str) -> None:
-        theirs = getattr(self.base, to, None)
-        if callable(theirs):
-            theirs()
-            return
-        with self._guarded("the average of the weights"):
-            getattr(self._average, to)(self.base.param_groups)
-
-    def _train_after_all(self) -> None:
-        if self._average.exchanged and "train" not in self._warned:
-            self._warned.add("train")
-            warnings.warn(
-                "step() after eval(): its gradient is that of the average of the weights; call train() on "
-                "the optimizer before the next step, as on the model (said once)",
-                stacklevel=4,
-            )
-        self.train()
 
     # -- what a person sees ------------------------------------------------------------------------
 

@@ -1,0 +1,56 @@
+"""From the weights that are trained to their average and back, around an evaluation."""
+
+import warnings
+from contextlib import AbstractContextManager
+
+from gapaware.state import Resumable
+
+
+class Evaluating(Resumable):
+    """The part of `GapAware` that is called beside the steps."""
+
+    _warned: set[str]
+
+    def _guarded(self, doing: str) -> AbstractContextManager[None]:
+        """Keep what goes wrong inside from training."""
+        raise NotImplementedError("GapAware defines _guarded")
+
+    def eval(self) -> None:
+        """Put the average of the last weights into the model, where a raised factor makes them wander.
+
+        As with Schedule-Free: call it before an evaluation or a checkpoint, and `train()` before the next
+        step; the Hugging Face Trainer does. From the first call of either on there may be an average, a
+        copy of the weights where there is one (none of shards). Everywhere else, with `average=False`, and
+        at a factor of 1, nothing moves. A wrapped optimizer with an `eval()` of its own decides itself.
+
+        Example:
+            >>> import torch
+            >>> from gapaware import GapAware
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-3))
+            >>> optimizer.eval()  # evaluate, save
+            >>> optimizer.train()
+        """
+        self._switch("eval")
+
+    def train(self) -> None:
+        """Put the weights that are trained back after `eval()`, unless others were loaded in between."""
+        self._switch("train")
+
+    def _switch(self, to: str) -> None:
+        theirs = getattr(self.base, to, None)
+        if callable(theirs):
+            theirs()
+            return
+        with self._guarded("the average of the weights"):
+            getattr(self._average, to)(self.base.param_groups)
+
+    def _train_after_all(self) -> None:
+        if self._average.exchanged and "train" not in self._warned:
+            self._warned.add("train")
+            warnings.warn(
+                "step() after eval(): its gradient is that of the average of the weights; call train() on "
+                "the optimizer before the next step, as on the model (said once)",
+                stacklevel=6,
+            )
+        self.train()
