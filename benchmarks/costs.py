@@ -19,11 +19,15 @@ from gapaware.momentum import FIRST_MEMORIES, memory_steps
 Row = dict[str, Any]
 
 WINDOW = 10
-PUSH = 2.0  # the largest of the built-in law
+# what takes a copy of the weights, at its strongest
+EXTRAS = {
+    "pushing": Decision(1.0, "as on a plateau", push=2.0),
+    "averaging": Decision(1.0, "as where the weights wander", average=True),
+}
 
 
 def step_with_gapaware(
-    trainee: Trainee, base: str, interval: int | str, budget: float, *, pushing: bool = False
+    trainee: Trainee, base: str, interval: int | str, budget: float, *, extra: str | None = None
 ) -> Row:
     """Training steps with GapAware around an optimizer, against steps of that very optimizer alone.
 
@@ -34,14 +38,16 @@ def step_with_gapaware(
         base: a name in `gpt2.WRAPPED`.
         interval: of GapAware; "auto" is the default, which is timed at rest, as in most of a long run.
         budget: seconds to spend.
-        pushing: whether the weights are pushed at each step, as on a plateau.
+        extra: a name in `EXTRAS`, of what is done to the weights at each step.
     """
-    push = {"controller": lambda _: Decision(1.0, "as on a plateau", push=PUSH)} if pushing else {}
-    optimizer = wrapped(trainee, base, interval, **push)
+    deciding = {"controller": lambda _: EXTRAS[extra]} if extra else {}
+    optimizer = wrapped(trainee, base, interval, **deciding)
+    if extra == "averaging":
+        optimizer.train()  # somebody evaluates
     trainee.step(optimizer.base)
     pass_the_start(optimizer, trainee.parameters)
     fill(optimizer, trainee.parameters)
-    if interval == "auto" and not pushing:
+    if interval == "auto" and not extra:
         settle_down(optimizer, trainee.parameters)
     trainee.step(optimizer)
     inside, begun = optimizer.seconds, optimizer.history[-1]["step"]
@@ -56,12 +62,11 @@ def step_with_gapaware(
     refuse_faults(optimizer)
     steps = len(rounds) * repeats
     during = [record for record in optimizer.history if record["step"] > begun]
-    if any((record.get("push", 0.0) > 0) is not pushing for record in during):
-        raise RuntimeError(f"not a measurement: {'no' if pushing else 'a'} push during it")
+    refuse_another_push(during, EXTRAS[extra].push if extra else 0.0)
     return {
         "measure": "step",
         "base": base,
-        "method": "gapaware-pushing" if pushing else "gapaware",
+        "method": f"gapaware-{extra}" if extra else "gapaware",
         "interval": interval if interval != "auto" else steps / len(during),
         "defaults": interval == "auto",
         "rounds": rounds,
@@ -192,6 +197,12 @@ def wrapped(trainee: Trainee, base: str, interval: int | str, **arguments: Any) 
         # at interval=1 the law never acts on AdamW; what a snapshot costs is the same
         warnings.filterwarnings("ignore", message="interval=1 .*the window is shorter")
         return WRAPPED[base](trainee.model, interval=interval, **arguments)
+
+
+def refuse_another_push(records: Sequence[Row], wanted: float) -> None:
+    """Raise where the weights were pushed, or were not, against what is measured."""
+    if any(record.get("push", 0.0) != wanted for record in records):
+        raise RuntimeError(f"not a measurement: {'no' if wanted else 'a'} push during it")
 
 
 def refuse_faults(optimizer: GapAware) -> None:

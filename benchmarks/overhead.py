@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.costs import (
+    EXTRAS,
     Row,
     snapshot_of_model,
     snapshot_of_tensors,
@@ -64,7 +65,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of measurements."""
-        of_a_shape = 5 * len(WRAPPED) + 1 + len(RIVALS_OF_ADAMW)
+        of_a_shape = 5 * len(WRAPPED) + len(EXTRAS) + len(RIVALS_OF_ADAMW)
         return of_a_shape * len(self.shapes) + sum(map(len, self.growth.values()))
 
 
@@ -108,7 +109,8 @@ def measurements(chosen: Plan, device: torch.device) -> Iterator[tuple[Row, Call
                 budget = share * chosen.step_budget
                 yield of, partial(step_with_gapaware, trainee, base, interval, budget)
         budget = chosen.step_budget
-        yield of, partial(step_with_gapaware, trainee, "AdamW", "auto", budget, pushing=True)
+        for extra in EXTRAS:
+            yield of, partial(step_with_gapaware, trainee, "AdamW", "auto", budget, extra=extra)
         for rival in RIVALS_OF_ADAMW:
             yield of, partial(step_with_rival, trainee, rival, chosen.step_budget)
     for varied, values in chosen.growth.items():

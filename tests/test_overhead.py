@@ -184,23 +184,24 @@ def test_defaults_that_do_not_come_to_rest_are_no_measurement():
         settle_down(optimizer, [parameter])
 
 
-def test_a_step_with_a_push_has_a_row_of_its_own_and_is_judged_by_no_bar():
-    row = step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0, pushing=True)
-    assert row["method"] == "gapaware-pushing"
+@pytest.mark.parametrize("extra", ["pushing", "averaging"])
+def test_what_copies_the_weights_has_a_row_of_its_own_and_is_judged_by_no_bar(extra):
+    row = step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", "auto", budget=0.0, extra=extra)
+    assert row["method"] == f"gapaware-{extra}"
     model = {"model": "10M", "rounds": [(1.0, 1.9)]}
     assert bars([*rows(), {**row, **model}]) == bars(rows())
 
 
-@pytest.mark.parametrize("pushing", [True, False])
-def test_a_push_that_was_not_wanted_or_did_not_come_is_no_measurement(monkeypatch, pushing):
+@pytest.mark.parametrize("extra", ["pushing", None])
+def test_a_push_that_was_not_wanted_or_did_not_come_is_no_measurement(monkeypatch, extra):
     def other(trainee, base, interval, **_):
-        push = 0.0 if pushing else 2.0
+        push = 0.0 if extra else 2.0
         optimizer = torch.optim.AdamW(trainee.parameters, lr=1e-5)
         return GapAware(optimizer, controller=lambda _: Decision(1.0, push=push))
 
     monkeypatch.setattr(costs, "wrapped", other)
     with pytest.raises(RuntimeError, match="push during it"):
-        step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", 5, budget=0.0, pushing=pushing)
+        step_with_gapaware(Trainee(SHAPES["50k"], CPU), "AdamW", 5, budget=0.0, extra=extra)
 
 
 @pytest.mark.parametrize("name", ["grokfast", "schedule-free", "prodigy"])
