@@ -158,6 +158,7 @@ class Average:
         return {
             "weights": {f"{group}.{index}": w for (group, index), w in self._other.items()},
             "evaluating": self.evaluating,
+            "wanted": self._wanted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Groups) -> None:
@@ -176,6 +177,7 @@ class Average:
             other[group, index] = _copy(saved.to(parameter.device))
         self._other, self._written = other, {}
         self.evaluating = bool(state["evaluating"])
+        self._wanted = self._allowed and bool(state["wanted"])
 
 
 def _copy(weights: Tensor) -> Tensor:

@@ -46,13 +46,14 @@ BASES = {
 TROUBLES = [
     "nan gradient", "inf gradient", "zero gradients", "no gradients", "lr 0", "lr back", "lr tiny",
     "blow up", "poison a parameter", "repair", "freeze", "unfreeze", "add a group", "skip the step",
-    "step twice", "zero state",
+    "step twice", "zero state", "evaluate", "evaluate and forget",
 ]  # fmt: skip
 EVENTS = ["nothing"] * 4 * len(TROUBLES) + TROUBLES
 
 SANE = [
     1.0, 2.0, 0.5, 64.0, 1e9, 0.0, Decision(3.0, interval=1), Decision(2.0, interval=7, memory={"n": 1}),
     Decision(0.1, weight_decay_scale=4.0), Decision(1.0, momentum_scale=0.1, push=2.0), "law", "law", "law",
+    Decision(1.5, average=True), Decision(1.0, average=True),
 ]  # fmt: skip
 NONSENSE = [
     -1.0, math.nan, math.inf, None, "x", True, [], 1j, object(), Decision(1.0, interval=0),
@@ -166,6 +167,10 @@ def play(plan, params, optimizer, steps):
             more = nn.Parameter(torch.ones(2, 3))
             params.append(more)
             optimizer.add_param_group({"params": [more], "lr": optimizer.param_groups[0]["lr"]})
+        elif what.startswith("evaluate") and isinstance(optimizer, GapAware):
+            optimizer.eval()
+            if what == "evaluate":
+                optimizer.train()
         elif what == "zero state":
             for entry in optimizer.state.values():
                 for value in entry.values():
@@ -231,6 +236,25 @@ def test_whatever_a_controller_answers(plan, mode, bounds):
         in_force |= set(optimizer.scales)
     assert_history_is_sound(optimizer)
     event("factors" if in_force - {1.0} else "never a factor")
+
+
+@given(plan=plans, evaluations=st.sets(st.integers(0, 23)))
+def test_evaluating_changes_not_a_bit(plan, evaluations):
+    """Of the steps, whatever there is an average of."""
+    plan.events = [what for what in plan.events if not what.startswith("evaluate")]
+    params, optimizer = plan.build(controller=plan.controller)
+    others, evaluated = plan.build(controller=plan.controller)
+    averages = 0
+    for step in range(len(plan.events)):
+        steps = range(step, step + 1)
+        assert_equal(play(plan, params, optimizer, steps), play(plan, others, evaluated, steps))
+        if step in evaluations:
+            evaluated.eval()
+            averages += not all(map(torch.equal, params, others))
+            evaluated.train()
+        assert_equal(params, others)
+    assert_equal(base_state(optimizer), base_state(evaluated))
+    event("an average" if averages else "no average")
 
 
 def through_a_file(state):
