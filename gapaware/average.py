@@ -94,16 +94,20 @@ class Average:
                 begin.append((place, parameter))
                 continue
             self._other[place] = mean
+            if mean.dtype != parameter.dtype:
+                # one at a time, so that there is no whole copy in float32
+                mean.lerp_(parameter.detach().to(mean.dtype), 1 / STEPS)
+                continue
             means, weights = alike.setdefault((mean.device, mean.dtype), ([], []))
             means.append(mean)
-            weights.append(parameter.detach().to(mean.dtype))
+            weights.append(parameter.detach())
         for means, weights in alike.values():
             torch._foreach_lerp_(means, weights, 1 / STEPS)
         self._begin(begin)
 
     def _begin(self, parameters: Sequence[tuple[Place, Tensor]]) -> None:
         try:
-            check_room([parameter for _, parameter in parameters])
+            check_room([parameter for _, parameter in parameters], least_itemsize=4)
             for place, parameter in parameters:
                 self._other[place] = _copy(parameter)
         except (MemoryError, RuntimeError) as error:

@@ -8,8 +8,12 @@ from torch import Tensor
 from gapaware.distributed import local
 
 
-def check_room(parameters: Iterable[Tensor]) -> None:
+def check_room(parameters: Iterable[Tensor], least_itemsize: int = 1) -> None:
     """Refuse a copy where the device has no memory for it beside the most that training has ever taken.
+
+    Args:
+        parameters: what is to be copied.
+        least_itemsize: bytes that each number of the copy takes at least, as where it is in float32.
 
     Raises:
         MemoryError: that is so, on a CUDA device; of others it is not known.
@@ -17,7 +21,7 @@ def check_room(parameters: Iterable[Tensor]) -> None:
     needed: dict[torch.device, int] = {}
     for parameter in map(local, parameters):
         if parameter.is_cuda:
-            size = parameter.numel() * parameter.element_size()
+            size = parameter.numel() * max(parameter.element_size(), least_itemsize)
             needed[parameter.device] = needed.get(parameter.device, 0) + size
     for device, size in needed.items():
         room = _room(device)

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from gapaware import Decision, GapAware, OwnState
+from gapaware import Decision, GapAware, OwnState, room
 from gapaware import average as average_module
 from gapaware.average import STEPS, Average
 from gapaware.scaling import Scales
@@ -249,7 +250,7 @@ def test_a_step_without_train_is_no_matter_where_there_is_no_average():
 
 
 def test_without_memory_there_is_none_and_training_goes_on(monkeypatch):
-    def no_room(parameters):
+    def no_room(parameters, least_itemsize):
         raise MemoryError("1 MiB too little")
 
     model, twin = network(), network()
@@ -265,6 +266,15 @@ def test_without_memory_there_is_none_and_training_goes_on(monkeypatch):
     assert equal(model.parameters(), before)
     assert equal(model.parameters(), twin.parameters())
     assert optimizer.scales == [1.5]
+
+
+def test_of_bfloat16_there_has_to_be_room_for_float32(monkeypatch):
+    monkeypatch.setattr(room, "_room", lambda device: 100)
+    with FakeTensorMode():
+        weights = nn.Parameter(torch.zeros(30, device="cuda", dtype=torch.bfloat16))
+        room.check_room([weights])
+        with pytest.raises(MemoryError, match="for a copy of the weights"):
+            room.check_room([weights], least_itemsize=4)
 
 
 def test_an_optimizer_with_an_average_of_its_own_decides_itself():
