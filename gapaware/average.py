@@ -77,7 +77,7 @@ class Average:
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
         """
-        before, self._other = self._other, {}
+        before, self._other, self._written = self._other, {}, {}
         chosen_by = by_group if by_parameter is None else by_parameter.values()
         if not (self._wanted and any(scales.average for scales in chosen_by)):
             return
@@ -104,6 +104,7 @@ class Average:
         for means, weights in alike.values():
             torch._foreach_lerp_(means, weights, 1 / STEPS)
         self._begin(begin)
+        self._written = self._versions(groups)
 
     def _begin(self, parameters: Sequence[tuple[Place, Tensor]]) -> None:
         try:
@@ -120,36 +121,37 @@ class Average:
 
     @torch.no_grad()
     def eval(self, groups: Groups) -> None:
-        """Put the average into the model, where there is one."""
+        """Put the average into the model, unless somebody has written other weights since the last step."""
         self._wanted = self._allowed
         if not self.evaluating:
             self._exchange(groups)
-            self.evaluating = True
+        self.evaluating = True
 
     @torch.no_grad()
     def train(self, groups: Groups) -> None:
         """Put the weights that are trained back, unless somebody has written others in the meantime."""
         self._wanted = self._allowed
-        if not self.evaluating:
-            return
+        if self.evaluating:
+            self._exchange(groups)
         self.evaluating = False
-        parameters = dict(places(groups))
-        written = {
-            place: parameters[place]._version for place in self._other if place in parameters
-        }
-        if self._written and written != self._written:
-            self._other = {}
-        self._exchange(groups)
 
     def _exchange(self, groups: Groups) -> None:
-        self._written = {}
+        # a best model that was loaded, say; of a state that was restored it is not known
+        if self._written and self._versions(groups) != self._written:
+            self._other = {}
         for place, parameter in places(groups):
             other = self._other.get(place)
             if other is not None and other.shape == parameter.shape:
                 here = parameter.detach().to(other.device, other.dtype, copy=True)
                 parameter.copy_(other)
                 other.copy_(here)
-                self._written[place] = parameter._version
+        self._written = self._versions(groups)
+
+    def _versions(self, groups: Groups) -> dict[Place, int]:
+        """How often each parameter with an average has been written."""
+        return {
+            place: parameter._version for place, parameter in places(groups) if place in self._other
+        }
 
     def fresh(self) -> "Average":
         """One that has seen nothing yet, for the same user."""

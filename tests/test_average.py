@@ -208,14 +208,19 @@ def test_a_sharded_checkpoint_leaves_it_out():
     assert kept(other) == {}
 
 
-def test_weights_that_are_loaded_meanwhile_stay():
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_weights_that_are_loaded_stay(evaluating):
+    """As the Trainer loads the best model in the end, whether it has evaluated just before or not."""
     model = network()
     optimizer = averaged(model)
     optimizer.train()
     train(model, optimizer, range(25))
-    optimizer.eval()
+    if evaluating:
+        optimizer.eval()
     best = network(seed=5).state_dict()
     model.load_state_dict(best)
+    optimizer.eval()
+    assert equal(model.parameters(), best.values())
     optimizer.train()
     assert equal(model.parameters(), best.values())
     train(model, optimizer, range(25, 27))

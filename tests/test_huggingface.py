@@ -320,6 +320,24 @@ def test_the_trainer_evaluates_and_saves_the_average_and_trains_without_it(tmp_p
     assert losses(resumed)[-1] == losses(trainer)[-1]
 
 
+def test_the_best_model_stays_in_place_when_it_is_evaluated(tmp_path):
+    args = arguments(
+        tmp_path,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+        max_steps=18,
+        load_best_model_at_end=True,
+    )
+    averaging = {"controller": lambda seen: Decision(4.0, average=True), "interval": 2}
+    trainer = trainer_for(args, **averaging)
+    trainer.train()
+    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(seen), rel=1e-6)
+
+
 def test_a_scale_is_logged_before_there_is_a_decision(tmp_path):
     trainer = trainer_for(arguments(tmp_path, max_steps=2))
     trainer.train()
