@@ -38,12 +38,12 @@ class Average:
         >>> average = Average()
         >>> average.train(groups)
         >>> for _ in range(2):
-        ...     average.follow(groups, [Scales(average=True)])
         ...     with torch.no_grad():
         ...         _ = weights.add_(1.0)
+        ...     average.follow(groups, [Scales(average=True)])
         >>> average.eval(groups)
         >>> round(weights.item(), 3)
-        0.1
+        1.1
         >>> average.train(groups)
         >>> weights.item()
         2.0
