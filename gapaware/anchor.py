@@ -12,10 +12,8 @@ from torch import Tensor
 
 from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
+from gapaware.places import Groups, Place, from_state, places, to_state
 from gapaware.scaling import NEUTRAL, Scales
-
-Groups = Sequence[dict[str, Any]]
-Place = tuple[int, int]  # parameter group and position in it: FSDP2 swaps the tensors themselves
 
 
 class Anchor:
@@ -154,7 +152,7 @@ class Anchor:
     def state_dict(self) -> dict[str, Any]:
         """The starting weights and the peaks of the schedule, as tensors, numbers and strings."""
         return {
-            "weights": {f"{group}.{index}": w for (group, index), w in self._weights.items()},
+            "weights": to_state(self._weights),
             "highest_lr": {str(number): float(lr) for number, lr in self._highest_lr.items()},
             "groups": self._groups,
         }
@@ -165,26 +163,14 @@ class Anchor:
         Raises:
             ValueError: a weight does not fit its parameter.
         """
-        # one that was frozen since keeps its weight
-        parameters = dict(places(groups))
-        weights = {}
-        for key, saved in state["weights"].items():
-            group, index = map(int, key.split("."))
-            parameter = parameters.get((group, index))
-            if parameter is None or parameter.shape != saved.shape:
-                raise ValueError(f"the anchor has a weight {key} that fits no parameter")
-            weights[group, index] = self._kept(_like(saved.to(parameter.device), parameter))
+        weights = {
+            place: self._kept(_like(saved.to(parameter.device), parameter))
+            for place, parameter, saved in from_state(state["weights"], groups, "anchor")
+        }
         peaks: dict[int, float | Tensor] = {
             int(number): float(lr) for number, lr in state["highest_lr"].items()
         }
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
-
-
-def places(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
-    """All parameters, frozen ones too, by parameter group and position in it."""
-    for number, group in enumerate(groups):
-        for index, parameter in enumerate(group["params"]):
-            yield (number, index), parameter
 
 
 def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapaware.anchor import Groups, Place, places
 from gapaware.distributed import is_dtensor
+from gapaware.places import Groups, Place, from_state, places, to_state
 from gapaware.room import check_room
 from gapaware.scaling import NEUTRAL, Scales
 
@@ -162,7 +162,7 @@ class Average:
     def state_dict(self) -> dict[str, Any]:
         """The average, or while the model has it the weights that are trained, by group and place."""
         return {
-            "weights": {f"{group}.{index}": w for (group, index), w in self._other.items()},
+            "weights": to_state(self._other),
             "evaluating": self.evaluating,
             "wanted": self._wanted,
         }
@@ -173,15 +173,11 @@ class Average:
         Raises:
             ValueError: a weight does not fit its parameter.
         """
-        parameters = dict(places(groups))
-        other = {}
-        for key, saved in state["weights"].items():
-            group, index = map(int, key.split("."))
-            parameter = parameters.get((group, index))
-            if parameter is None or parameter.shape != saved.shape:
-                raise ValueError(f"the average has a weight {key} that fits no parameter")
-            other[group, index] = _copy(saved.to(parameter.device))
-        self._other, self._written = other, {}
+        self._other = {
+            place: _copy(saved.to(parameter.device))
+            for place, parameter, saved in from_state(state["weights"], groups, "average")
+        }
+        self._written = {}
         self.evaluating = bool(state["evaluating"])
         self._wanted = self._allowed and bool(state["wanted"])
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapaware.anchor import Groups, Place, places
 from gapaware.distributed import Sharing, local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
+from gapaware.places import Groups, Place, from_state, places, to_state
 from gapaware.room import check_room
 from gapaware.scaling import NEUTRAL, Scales
 
@@ -107,7 +107,7 @@ class Push:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights behind, by parameter group and place."""
-        return {f"{group}.{index}": weights for (group, index), weights in self._behind.items()}
+        return to_state(self._behind)
 
     def load_state_dict(self, state: Mapping[str, Tensor], groups: Groups) -> None:
         """Restore what `state_dict` returned.
@@ -116,12 +116,7 @@ class Push:
             ValueError: a weight does not fit its parameter.
         """
         # one that was frozen since is let go at the next push
-        parameters = dict(places(groups))
-        behind = {}
-        for key, saved in state.items():
-            group, index = map(int, key.split("."))
-            parameter = parameters.get((group, index))
-            if parameter is None or parameter.shape != saved.shape:
-                raise ValueError(f"the push has a weight {key} that fits no parameter")
-            behind[group, index] = saved.to(parameter.device, parameter.dtype, copy=True)
-        self._behind = behind
+        self._behind = {
+            place: saved.to(parameter.device, parameter.dtype, copy=True)
+            for place, parameter, saved in from_state(state, groups, "push")
+        }

@@ -1,0 +1,43 @@
+"""Where a parameter stands in an optimizer, by which copies of weights are kept, saved and found again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Groups = Sequence[dict[str, Any]]
+Place = tuple[int, int]  # parameter group and position in it: FSDP2 swaps the tensors themselves
+
+
+def places(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
+    """All parameters, frozen ones too, by parameter group and position in it."""
+    for number, group in enumerate(groups):
+        for index, parameter in enumerate(group["params"]):
+            yield (number, index), parameter
+
+
+def to_state(weights: Mapping[Place, Tensor]) -> dict[str, Tensor]:
+    """Copies of weights by place, with keys as a checkpoint has them: "group.index"."""
+    return {f"{group}.{index}": kept for (group, index), kept in weights.items()}
+
+
+def from_state(
+    state: Mapping[str, Tensor], groups: Groups, of: str
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
+    """What `to_state` returned: place, parameter and saved weight of each.
+
+    Args:
+        state: what was saved.
+        groups: of the optimizer that it is restored into; parameters that were frozen since are found too.
+        of: whose weights these are, for the message.
+
+    Raises:
+        ValueError: a weight does not fit its parameter.
+    """
+    parameters = dict(places(groups))
+    for key, saved in state.items():
+        group, index = map(int, key.split("."))
+        parameter = parameters.get((group, index))
+        if parameter is None or parameter.shape != saved.shape:
+            raise ValueError(f"the {of} has a weight {key} that fits no parameter")
+        yield (group, index), parameter, saved
