@@ -52,7 +52,3 @@ class Identity:
             parts = [(block, row[a:b]) for a, (b, block) in zip(begins, ends, strict=True)]
             shares += [part for _, part in sorted(parts, key=lambda part: part[0])]
         return whole, torch.cat(shares)
-
-    def width(self, size: int) -> int:
-        """See `CountSketch.width`."""
-        return size

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gapaware import layout
+from gapaware.blocks import WIDTH
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
 from gapaware.distributed import Sharing, Unsupported, is_dtensor, local, refuse, sharing
@@ -19,6 +20,9 @@ from gapaware.sighting import Conditions, Sighting, column
 from gapaware.sketch import CountSketch
 from gapaware.transfer import Transfer, send
 from gapaware.window import Window
+
+# rows with a sketch of full length; more share the length of as many, down to a least one
+FULL_ROWS, LEAST_DIM = 4, 1024
 
 # others may have no storage of their own
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -41,7 +45,7 @@ class Observer:
 
     Args:
         window: W.
-        sketch_dim: length of a row's sketch; None for exact updates.
+        sketch_dim: length of a row's sketch, see `_dim`; None for exact updates.
         granularity: see `layout.rows`.
         seed: of the sketch.
         replicas: global ranks that hold the same whole parameters and have to agree on every sketch.
@@ -65,8 +69,6 @@ class Observer:
         self._size = window
         self._granularity = granularity
         self._sketch: CountSketch | Identity | None = None
-        if sketch_dim is not None:
-            self._sketch = CountSketch(sketch_dim, seed)
         self._start: Start | None = None
         self.restart()
 
@@ -126,8 +128,7 @@ class Observer:
             self._start = Start((), (), torch.empty(0, dtype=self._dtype(), device="cpu"))
         if not rows:
             return
-        if isinstance(self._sketch, Identity) or self._sketch is None:
-            self._sketch = Identity(max(row.size for row in rows))
+        self._take_sketch(self._dim(rows))
         # a fault that the other ranks have yet to find outlasts the new start
         trouble, spoilt = self._trouble, self._spoilt
         self.restart()
@@ -135,12 +136,11 @@ class Observer:
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
         self._last, shares = self._snapshot(rows)
+        dim = self._last.shape[1]
         if self._start is not None:
             blocks = _blocks(rows)
             self._start = self._start.followed(blocks, self._widths(blocks), shares)
-        self._window = Window(
-            self._size, len(rows), self._sketch.dim, self._last.device, self._dtype()
-        )
+        self._window = Window(self._size, len(rows), dim, self._last.device, self._dtype())
         self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
 
     def account(self, optimizer: torch.optim.Optimizer, scales: Sequence[Scales]) -> None:
@@ -216,8 +216,24 @@ class Observer:
 
     def _widths(self, blocks: Iterable[layout.BlockSignature]) -> tuple[int, ...]:
         """How many numbers there are of each block."""
-        width = (self._sketch or Identity(0)).width
-        return tuple(width(size) for _, _, size, _ in blocks)
+        exact = self.settings["sketch_dim"] is None
+        return tuple(size if exact else WIDTH for _, _, size, _ in blocks)
+
+    def _dim(self, rows: Sequence[layout.Row]) -> int:
+        """Numbers in the sketch of each of these rows.
+
+        Of many rows, such as all layers, each has fewer: the window of a small model would be larger than
+        the model otherwise.
+        """
+        longest: int | None = self.settings["sketch_dim"]
+        if longest is None:
+            return max(row.size for row in rows)
+        return min(longest, max(LEAST_DIM, FULL_ROWS * longest // len(rows)))
+
+    def _take_sketch(self, dim: int) -> None:
+        if self._sketch is None or self._sketch.dim != dim:
+            exact = self.settings["sketch_dim"] is None
+            self._sketch = Identity(dim) if exact else CountSketch(dim, self.settings["seed"])
 
     def _dtype(self) -> torch.dtype:
         """Of the updates that are kept: rounding them to float32 is nothing beside a sketch's own error."""
@@ -298,8 +314,7 @@ class Observer:
             self._last = state["last"].to(torch.float64).clone()
             self._sum = Transfer(self._last.sum())
             self._window = Window.from_state_dict(state["window"], self._last, self._dtype())
-            if self.settings["sketch_dim"] is None:
-                self._sketch = Identity(self._last.shape[1])
+            self._take_sketch(self._last.shape[1])
         self._check()
 
     def _check(self) -> None:
@@ -311,9 +326,11 @@ class Observer:
         if self._last is None or self._window is None:
             fits = fits and rows == len(self._conditions) == 0
         else:
-            dim = self.settings["sketch_dim"] or max((s for _, _, s in self._signature), default=0)
-            fits = fits and self._last.shape == (rows, dim)
+            dim = self._last.shape[1]
+            longest = max((s for _, _, s in self._signature), default=0)
+            fits = fits and self._last.shape[0] == rows
             fits = fits and self._window.shape == (size, rows, dim)
+            fits = fits and dim <= (self.settings["sketch_dim"] or longest)
             fits = fits and len(self._conditions) == len(self._window)
         if self._start is not None:
             fits = fits and self._start.shares.shape == (sum(self._start.widths),)

@@ -51,8 +51,9 @@ class GapAware(Evaluating):
             optimizer's momentum remembers (5 for AdamW), unless the controller chooses: with
             mode="escape" snapshots are closer in the first two memories (every 2nd of 30 steps for AdamW),
             and half as many where the factor has stayed at 1 for four windows.
-        sketch_dim: length of the sketch of a parameter group (or block). The relative error of a
-            singular value is about √(1/(2·sketch_dim)). None computes with the exact updates, which takes
+        sketch_dim: length of the sketch of a parameter group (or block); more than four of them share the
+            length of four, with 1024 each at least. The relative error of a singular value is about
+            √(1/(2·sketch_dim)). None computes with the exact updates, which takes
             2·(window + 1) float64 copies of the parameters: for small models.
         target: what the built-in law steers to: with mode="escape" the drift c* = 0.06, the
             mean cosine of updates that momentum does not connect; with mode="retain" how fast the pull

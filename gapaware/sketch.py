@@ -235,10 +235,6 @@ class CountSketch:
         self._loop = self._loop or compiled.Loop(self.dim, self.seed)
         return self._loop(plan)
 
-    def width(self, size: int) -> int:
-        """How many numbers there are of a block of `size` elements."""
-        return WIDTH
-
     def _fold(self, total: Tensor, bucket: Tensor, reach: int) -> Tensor:
         if total.device.type == "cpu":
             folded = total.new_zeros(self.dim)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gapaware import GapAware, reference
 from gapaware.window import Window
@@ -104,3 +105,33 @@ def test_decay_share_of_a_run(sketch_dim):
     assert seen["spectrum"]["decay_share"] == pytest.approx(expected, rel=2e-2)
     if sketch_dim is None:
         assert seen["spectrum"]["decay_share"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("layers", [2, 100])
+def test_windows_of_many_rows_take_no_more_than_those_of_a_few(layers):
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(layers)])
+    optimizer = GapAware(torch.optim.SGD(model.parameters(), lr=0.1), granularity="block")
+    rows = 2 * layers
+    optimizer.step()
+    ring = optimizer.state_dict()["gapaware"]["observer"]["window"]["ring"]
+    assert ring.shape == (11, rows, 16_384 if rows == 4 else 1024)
+
+
+def test_a_window_saved_with_longer_rows_goes_on(monkeypatch):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+
+    def wrapped():
+        return GapAware(
+            torch.optim.SGD(model.parameters(), lr=0.1), granularity="block", interval=1
+        )
+
+    before, after = wrapped(), wrapped()
+    with monkeypatch.context() as patch:
+        patch.setattr("gapaware.observer.FULL_ROWS", 8)
+        for _ in range(20):
+            before.step()
+    after.load_state_dict(before.state_dict())
+    for _ in range(3):
+        after.step()
+    assert [record["step"] for record in after.history][-4:] == [19, 20, 21, 22]
+    assert not any("fault" in record for record in after.history)
