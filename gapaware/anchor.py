@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
-from gapaware.places import Groups, Place, from_state, places, to_state
-from gapaware.scaling import NEUTRAL, Scales
+from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
+from gapaware.scaling import Scales
 
 
 class Anchor:
@@ -108,13 +108,10 @@ class Anchor:
         """
         shares = [self._share_of_peak(number, group) for number, group in enumerate(groups)]
         alike: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
-        for place, parameter in _anchored(groups):
-            number = place[0]
-            pull = by_group[number].pull
-            if by_parameter is not None:
-                pull = by_parameter.get(id(parameter), NEUTRAL).pull
+        for place, parameter, scales in scaled_places(groups, by_group, by_parameter):
+            number, pull = place[0], scales.pull
             weights, share = self._weights.get(place), shares[number]
-            if weights is None or pull == 0.0:
+            if weights is None or pull == 0.0 or not _is_anchored(groups, place, parameter):
                 continue
             here = local(parameter)
             # a tensor on a GPU cannot be told from another: its group stands for it
@@ -176,8 +173,12 @@ class Anchor:
 def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
     """The trainable parameters of the groups that do not say `"anchor": False`."""
     for place, parameter in places(groups):
-        if parameter.requires_grad and groups[place[0]].get("anchor", True):
+        if _is_anchored(groups, place, parameter):
             yield place, parameter
+
+
+def _is_anchored(groups: Groups, place: Place, parameter: Tensor) -> bool:
+    return parameter.requires_grad and bool(groups[place[0]].get("anchor", True))
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ not decided here.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gapaware.distributed import is_dtensor
-from gapaware.places import Groups, Place, from_state, places, to_state
+from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
 from gapaware.room import check_room
-from gapaware.scaling import NEUTRAL, Scales
+from gapaware.scaling import Scales
 
 STEPS = 10
 
@@ -53,13 +53,27 @@ class Average:
         self._allowed = allowed
         self._wanted = False
         self.evaluating = False
+        # the averages, and at the places inside, where the model has these, the weights that are trained
         self._other: dict[Place, Tensor] = {}
-        self._written: dict[Place, int] = {}
+        self._inside: set[Place] = set()
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a copy of any weights."""
+        return bool(self._other)
 
     @property
     def exchanged(self) -> bool:
         """Whether the model has the average now, and the copy the weights that are trained."""
-        return self.evaluating and bool(self._other)
+        return bool(self._inside)
+
+    @torch.no_grad()
+    def renew(self, place: Place, parameter: Tensor) -> None:
+        """Begin anew where somebody has written other weights, which are then what is trained."""
+        other = self._other.get(place)
+        if other is not None and other.shape == parameter.shape:
+            self._inside.discard(place)
+            other.copy_(parameter)
 
     @torch.no_grad()
     def follow(
@@ -77,16 +91,13 @@ class Average:
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
         """
-        before, self._other, self._written = self._other, {}, {}
+        before, self._other, self._inside = self._other, {}, set()
         chosen_by = by_group if by_parameter is None else by_parameter.values()
         if not (self._wanted and any(scales.average for scales in chosen_by)):
             return
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         begin: list[tuple[Place, Tensor]] = []
-        for place, parameter in places(groups):
-            chosen = by_group[place[0]]
-            if by_parameter is not None:
-                chosen = by_parameter.get(id(parameter), NEUTRAL)
+        for place, parameter, chosen in scaled_places(groups, by_group, by_parameter):
             if not chosen.average or not parameter.requires_grad or is_dtensor(parameter):
                 continue
             mean = before.get(place)
@@ -104,7 +115,6 @@ class Average:
         for means, weights in alike.values():
             torch._foreach_lerp_(means, weights, 1 / STEPS)
         self._begin(begin)
-        self._written = self._versions(groups)
 
     def _begin(self, parameters: Sequence[tuple[Place, Tensor]]) -> None:
         try:
@@ -119,39 +129,36 @@ class Average:
                 stacklevel=8,
             )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def eval(self, groups: Groups) -> None:
-        """Put the average into the model, unless somebody has written other weights since the last step."""
-        self._wanted = self._allowed
-        if not self.evaluating:
-            self._exchange(groups)
-        self.evaluating = True
+        """Put the average into the model."""
+        self._wanted, self.evaluating = self._allowed, True
+        for place, parameter, other in self._elsewhere(groups, inside=True):
+            self._other[place] = _copy(parameter)
+            self._inside.add(place)
+            parameter.copy_(other)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def train(self, groups: Groups) -> None:
-        """Put the weights that are trained back, unless somebody has written others in the meantime."""
+        """Put the weights that are trained back."""
         self._wanted = self._allowed
-        if self.evaluating:
-            self._exchange(groups)
+        for place, parameter, other in self._elsewhere(groups, inside=False):
+            mean = _copy(parameter)
+            parameter.copy_(other)
+            self._inside.discard(place)
+            self._other[place] = mean
         self.evaluating = False
 
-    def _exchange(self, groups: Groups) -> None:
-        # a best model that was loaded, say; of a state that was restored it is not known
-        if self._written and self._versions(groups) != self._written:
-            self._other = {}
+    def _elsewhere(self, groups: Groups, *, inside: bool) -> Iterator[tuple[Place, Tensor, Tensor]]:
+        """What is left to exchange: cut off anywhere, an exchange can be gone on with or taken back."""
         for place, parameter in places(groups):
             other = self._other.get(place)
-            if other is not None and other.shape == parameter.shape:
-                here = parameter.detach().to(other.device, other.dtype, copy=True)
-                parameter.copy_(other)
-                other.copy_(here)
-        self._written = self._versions(groups)
-
-    def _versions(self, groups: Groups) -> dict[Place, int]:
-        """How often each parameter with an average has been written."""
-        return {
-            place: parameter._version for place, parameter in places(groups) if place in self._other
-        }
+            if other is None or other.shape != parameter.shape:
+                continue
+            if (place in self._inside) != inside:
+                yield place, parameter, other
 
     def fresh(self) -> "Average":
         """One that has seen nothing yet, for the same user."""
@@ -177,8 +184,8 @@ class Average:
             place: _copy(saved.to(parameter.device))
             for place, parameter, saved in from_state(state["weights"], groups, "average")
         }
-        self._written = {}
         self.evaluating = bool(state["evaluating"])
+        self._inside = set(self._other) if self.evaluating else set()
         self._wanted = self._allowed and bool(state["wanted"])
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from gapaware.distributed import local, sharing
 from gapaware.lr import is_remote
 
 
@@ -28,6 +29,9 @@ def is_dry_run(optimizer: torch.optim.Optimizer) -> bool:
         return False
     # only their values tell DCP's gradients from those of a warm-up from zero: to read them waits for the
     # GPU, once in most runs that warm up and never while anything moves
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    parameters = [p for group in groups for p in group["params"]]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    return not any(bool((g != 0).any()) for g in dense)
+    zero = not any(bool((g != 0).any()) for g in dense)
+    # a rank whose shards happen to have none must not part with the others
+    return sharing(parameters).everywhere(zero, parameters[0].device) if parameters else zero

@@ -3,6 +3,7 @@
 import warnings
 from contextlib import AbstractContextManager
 
+from gapaware.places import Written
 from gapaware.state import Resumable
 
 
@@ -38,12 +39,30 @@ class Evaluating(Resumable):
         self._switch("train")
 
     def _switch(self, to: str) -> None:
-        theirs = getattr(self.base, to, None)
-        if callable(theirs):
-            theirs()
+        theirs = [own for leaf in self.leaves() if callable(own := getattr(leaf, to, None))]
+        for switch in theirs:
+            switch()
+        if theirs:
             return
         with self._guarded("the average of the weights"):
-            getattr(self._average, to)(self.base.param_groups)
+            self._notice()
+            try:
+                getattr(self._average, to)(self.base.param_groups)
+            finally:
+                self._note()
+
+    def _notice(self) -> None:
+        """Let go of copies of what somebody has written since: a best model that was loaded, say."""
+        for place, parameter in self._written.since(self.base.param_groups):
+            self._push.renew(place, parameter)
+            self._average.renew(place, parameter)
+
+    def _note(self) -> None:
+        """What is written from now on is written by others."""
+        if self._push.holds or self._average.holds:
+            self._written.note(self.base.param_groups)
+        else:
+            self._written = Written()
 
     def _train_after_all(self) -> None:
         if self._average.exchanged and "train" not in self._warned:

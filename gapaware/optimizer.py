@@ -24,6 +24,7 @@ from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer
+from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
@@ -182,7 +183,7 @@ class GapAware(Evaluating):
             window=settled.window,
             together=granularity == "global",
         )
-        self._push, self._average = Push(), Average(average)
+        self._push, self._average, self._written = Push(), Average(average), Written()
         self._pending = None
         self._entrusted = None
         self._metrics = Means()
@@ -221,10 +222,11 @@ class GapAware(Evaluating):
         """
         refuse_capture()
         if closure is None and is_dry_run(self.base):
-            return self.base.step(closure)
+            return self.base.step()
         factors = self._begin()
         with scaled(self.base, *factors):
-            loss: float | None = self.base.step(closure)
+            # some optimizers know of no closure
+            loss: float | None = self.base.step() if closure is None else self.base.step(closure)
         self._move(*factors)
         self._finish(loss)
         return loss
@@ -232,9 +234,13 @@ class GapAware(Evaluating):
     def _begin(self) -> tuple[list[Scales], dict[int, Scales] | None]:
         if self._average.evaluating:
             self._train_after_all()
-        with self._guarded("the first snapshot"):
-            if self._anchor is not None:
+        if self._anchor is not None:
+            # apart: a rank that fails here has to meet the others in the snapshot all the same
+            with self._guarded("the starting weights"):
                 self._anchor.start(self.base.param_groups)
+        with self._guarded("weights that others wrote"):
+            self._notice()
+        with self._guarded("the first snapshot"):
             if self._fresh:
                 if self._steps == 0:
                     self._midway = bool(self.base.state)
@@ -273,6 +279,8 @@ class GapAware(Evaluating):
             self._push(self.base.param_groups, by_group, by_parameter, self._ranks)
         with self._guarded("the average of the weights"):
             self._average.follow(self.base.param_groups, by_group, by_parameter)
+        with self._guarded("weights that others write"):
+            self._note()
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gapaware.distributed import Sharing, local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
-from gapaware.places import Groups, Place, from_state, places, to_state
+from gapaware.places import Groups, Place, from_state, scaled_places, to_state
 from gapaware.room import check_room
-from gapaware.scaling import NEUTRAL, Scales
+from gapaware.scaling import Scales
 
 LEAST_MEMORY = 3  # steps; a shorter average is the step itself
 
@@ -39,6 +39,19 @@ class Push:
 
     def __init__(self) -> None:
         self._behind: dict[Place, Tensor] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a copy of any weights."""
+        return bool(self._behind)
+
+    @torch.no_grad()
+    def renew(self, place: Place, parameter: Tensor) -> None:
+        """Begin with m = 0 again where somebody has written the weights: that was no step."""
+        # in place: no memory that a rank might lack, so nothing that ranks have to agree on
+        behind = self._behind.get(place)
+        if behind is not None and behind.shape == parameter.shape:
+            behind.copy_(parameter)
 
     @torch.no_grad()
     def __call__(
@@ -67,10 +80,7 @@ class Push:
         rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         begin = []
-        for place, parameter in places(groups):
-            chosen = by_group[place[0]]
-            if by_parameter is not None:
-                chosen = by_parameter.get(id(parameter), NEUTRAL)
+        for place, parameter, chosen in scaled_places(groups, by_group, by_parameter):
             if chosen.push == 0.0 or not parameter.requires_grad:
                 continue
             behind = before.get(place)

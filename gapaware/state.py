@@ -13,6 +13,7 @@ from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
+from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.sighting import Sighting
 from gapaware.steering import Steering
@@ -45,6 +46,7 @@ class Resumable(Wrapper):
     _anchor: Anchor | None
     _push: Push
     _average: Average
+    _written: Written
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
@@ -122,7 +124,7 @@ class Resumable(Wrapper):
         self._steering.restart()
         if self._anchor is not None:
             self._anchor.restart()
-        self._push, self._average = Push(), self._average.fresh()
+        self._push, self._average, self._written = Push(), self._average.fresh(), Written()
         self._pending, self._metrics = None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
@@ -173,6 +175,7 @@ class Resumable(Wrapper):
                 "_anchor": anchor,
                 "_push": push,
                 "_average": average,
+                "_written": Written(),  # of weights that may come from elsewhere it is not known
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,

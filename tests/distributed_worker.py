@@ -270,6 +270,33 @@ def push_fault(folder: Path) -> Any:
     return {**seen(optimizer), "warned": warned, "weights": weights, "pushes": pushes}
 
 
+def start_fault(folder: Path) -> Any:
+    """One rank has no memory for the starting weights."""
+    model = DistributedDataParallel(network())
+    optimizer = wrapped(model, process_group=dist.group.WORLD, mode="retain", controller=None)
+
+    def no_room(weights: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no memory on this rank")
+
+    if dist.get_rank() == 1:
+        optimizer._anchor._kept = no_room  # type: ignore[method-assign, union-attr]
+    return {"warned": quietly(lambda: train(model, optimizer)), "steps": optimizer._steps}
+
+
+def warm_up(folder: Path) -> Any:
+    """The first learning rate is zero, and of the gradient of a head that begins at zero one shard is."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
+    nn.init.zeros_(model[2].weight)
+    optimizer = wrapped(fsdp(model))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(2, 12)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return optimizer._steps
+
+
 def trainers_optimizer(folder: Path) -> Any:
     from gapaware.huggingface import Factory
 
@@ -532,8 +559,9 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, replica_fault, push_fault, trainers_optimizer, not_a_number, losses,
-        one_log, save, retained, retained_and_saved, pushed, averaged,
+        sketch_fault, accounting_fault, replica_fault, push_fault, start_fault, warm_up,
+        trainers_optimizer, not_a_number, losses, one_log, save, retained, retained_and_saved,
+        pushed, averaged,
     ],
     4: [
         fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,

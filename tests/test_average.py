@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from gapaware import Decision, GapAware, OwnState, room
+from gapaware import Composite, Decision, GapAware, OwnState, room
 from gapaware import average as average_module
-from gapaware.average import STEPS, Average
+from gapaware.average import STEPS, Average, _copy
 from gapaware.scaling import Scales
 
 
@@ -32,6 +33,10 @@ def averaged(model, average=True, **more):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     asked = {"controller": lambda seen: Decision(1.5, average=average)}
     return GapAware(base, **{"interval": 2, "sketch_dim": 64, **asked, **more})
+
+
+def average_always(observation):
+    return Decision(1.5, average=True)
 
 
 def weights(model):
@@ -227,6 +232,113 @@ def test_weights_that_are_loaded_stay(evaluating):
     assert optimizer.history.column("decision").count("fault") == 0
 
 
+@pytest.mark.parametrize("cut_off_in", ["eval", "train"])
+def test_an_exchange_that_is_cut_off_can_be_gone_on_with(cut_off_in, monkeypatch):
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    trained = weights(model)
+    if cut_off_in == "train":
+        optimizer.eval()
+    copies = iter(range(2))
+
+    def fails(weights):
+        next(copies)
+        return _copy(weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(average_module, "_copy", fails)
+        with pytest.warns(UserWarning, match="the average of the weights"):
+            getattr(optimizer, cut_off_in)()
+    mixed = [torch.equal(a, b) for a, b in zip(trained, model.parameters(), strict=True)]
+    assert sorted(mixed) == [False, False, True, True]
+    optimizer.train()
+    assert equal(model.parameters(), trained)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_copies_evaluate_and_train_as_the_original(duplicate, evaluating):
+    model = network()
+    optimizer = averaged(model, controller=average_always)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    trained = weights(model)
+    optimizer.eval()
+    mean = weights(model)
+    if not evaluating:
+        optimizer.train()
+    other, copied = duplicate((model, optimizer))
+    copied.eval()
+    assert equal(other.parameters(), mean)
+    copied.train()
+    assert equal(other.parameters(), trained)
+
+
+def test_a_table_that_writes_itself_in_a_forward_pass_takes_nothing_from_the_others():
+    """`max_norm` does, in evaluation too; where the average of a row is too long even its values change."""
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 2))
+    optimizer = averaged(model)
+    optimizer.train()
+    batch = torch.arange(5)
+    for _ in range(25):
+        optimizer.zero_grad()
+        (model(batch) - 3).square().mean().backward()
+        optimizer.step()
+    trained = weights(model[1])
+    optimizer.eval()
+    assert not equal(model[1].parameters(), trained)
+    model(batch)
+    optimizer.train()
+    assert equal(model[1].parameters(), trained)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_weights_of_another_storage_stay(evaluating):
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    if evaluating:
+        optimizer.eval()
+    best = nn.utils.parameters_to_vector(network(seed=5).parameters())
+    nn.utils.vector_to_parameters(best, model.parameters())
+    optimizer.eval()
+    optimizer.train()
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), best)
+
+
+def test_an_average_begins_anew_from_weights_that_are_loaded():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    best = network(seed=5)
+    model.load_state_dict(best.state_dict())
+    optimizer.base.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(25, 28))
+    optimizer.eval()
+    assert equal(model.parameters(), best.parameters())
+
+
+def test_under_inference_mode_as_otherwise():
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    with torch.inference_mode():
+        optimizer.eval()
+        optimizer.train()
+    train(model, optimizer, range(25, 30))
+    assert optimizer.history.column("decision").count("fault") == 0
+
+
 def test_a_step_without_train_is_warned_of_once_and_goes_on_with_the_trained_weights():
     model = network()
     optimizer = averaged(model)
@@ -282,7 +394,8 @@ def test_of_bfloat16_there_has_to_be_room_for_float32(monkeypatch):
             room.check_room([weights], least_itemsize=4)
 
 
-def test_an_optimizer_with_an_average_of_its_own_decides_itself():
+@pytest.mark.parametrize("inside_another", [False, True])
+def test_an_optimizer_with_an_average_of_its_own_decides_itself(inside_another):
     class Switching(torch.optim.SGD):
         mode = "train"
 
@@ -295,7 +408,10 @@ def test_an_optimizer_with_an_average_of_its_own_decides_itself():
     model = network()
     base = Switching(model.parameters(), lr=0.05)
     optimizer = GapAware(
-        base, interval=2, sketch_dim=64, controller=lambda seen: Decision(1.5, average=True)
+        Composite(base) if inside_another else base,
+        interval=2,
+        sketch_dim=64,
+        controller=lambda seen: Decision(1.5, average=True),
     )
     optimizer.train()
     train(model, optimizer, range(20))

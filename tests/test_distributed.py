@@ -140,7 +140,8 @@ def test_blocks_and_an_interval_that_the_controller_chooses(two):
     results = of(two, "by_block")
     assert_same_decisions(results)
     assert len({name for name, _, _ in results[0]["signature"]}) == 6
-    assert set(results[0]["sent"]) == {6 * worker.DIM * 8 + BLOCK_BYTES}
+    # more than four rows share the room of four
+    assert set(results[0]["sent"]) == {6 * (4 * worker.DIM // 6) * 8 + BLOCK_BYTES}
 
 
 def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
@@ -197,6 +198,18 @@ def test_no_replica_is_pushed_where_one_has_no_memory_for_it(two):
         # decided on once, and after the fault never again
         assert result["pushes"].count(2.0) in (1, 2)
         assert result["pushes"][-1] == 0.0
+
+
+def test_a_rank_without_memory_for_the_start_meets_the_others(two):
+    healthy, faulty = of(two, "start_fault")
+    assert healthy["steps"] == faulty["steps"] == worker.STEPS
+    assert "no memory on this rank" in faulty["warned"][0]
+    # a fault of one is one of all
+    assert "NotFinite" in healthy["warned"][0]
+
+
+def test_a_rank_without_gradients_takes_a_warm_up_from_zero_as_the_others_do(two):
+    assert of(two, "warm_up") == [4, 4]
 
 
 def test_ranks_of_the_trainer_agree(two):

@@ -123,6 +123,40 @@ def test_a_resumed_run_takes_the_same_steps(saved_at):
     assert equal(model, other)
 
 
+@pytest.mark.parametrize("ruined", [False, True])
+def test_weights_that_are_loaded_are_no_step_to_push_along(ruined):
+    """A roll-back to the best model, perhaps from NaN."""
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(25))
+    if ruined:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(float("nan"))
+    best = network(seed=5)
+    model.load_state_dict(best.state_dict())
+    optimizer.base.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(25, 28))
+    assert optimizer.history[-1]["push"] == 2.0
+    assert equal(model, best)
+
+
+def test_an_evaluation_is_not_seen_by_a_push():
+    """A controller of one's own may ask for both."""
+    model, twin = network(), network()
+    both = {"controller": lambda seen: Decision(1.5, push=2.0, average=True)}
+    optimizer, alone = pushed(model, **both), pushed(twin, **both)
+    for step in range(30):
+        train(model, optimizer, [step])
+        optimizer.eval()
+        optimizer.train()
+        train(twin, alone, [step])
+    assert optimizer.state_dict()["gapaware"]["average"]["weights"]
+    assert equal(model, twin)
+
+
 def test_the_built_in_law_pushes_and_a_resumed_run_takes_the_same_steps():
     """A learning rate that even 64 times larger is too small."""
 
