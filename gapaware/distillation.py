@@ -74,9 +74,7 @@ class Distillation:
                 f"weights: lacks {sorted(missing)[0]!r} and {len(missing) - 1} more of the model; pass "
                 "its state_dict() from before fine-tuning, or leave them out to copy it now"
             )
-        self.weights = {
-            name: w.detach().to(own[name].device, copy=True) for name, w in given.items()
-        }
+        self.weights = {name: w.detach().clone() for name, w in given.items()}
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss on a batch, to be added to the new task's: a scalar that gradients flow through.
@@ -94,6 +92,10 @@ class Distillation:
         return self.strength * self.temperature**2 * apart
 
     def _answers_then(self, batch: Any) -> Tensor:
+        for name, now in _tensors(self._asked.model):
+            if name in self.weights:
+                # only where the model has moved since: a Trainer moves it after this was built
+                self.weights[name] = self.weights[name].to(now.device, now.dtype)
         weights = {f"model.{name}": tensor for name, tensor in self.weights.items()}
         answered: Tensor = functional_call(self._asked, weights, (batch,))
         return answered

@@ -165,6 +165,19 @@ def test_weights_given_by_name_are_the_start():
     assert Distillation(model, old_answers, weights=start)(x).item() > 1e-3
 
 
+@pytest.mark.parametrize("moved", [{"device": "meta"}, {"dtype": torch.float64}])
+def test_the_start_follows_a_model_that_moves_once(moved):
+    model = two_heads()
+    held = Distillation(model, old_answers)
+    model.to(**moved)
+    loss = held(torch.randn(4, 6).to(**moved))
+    assert loss.device == next(model.parameters()).device
+    first = dict(held.weights)
+    held(torch.randn(4, 6).to(**moved))
+    assert all(held.weights[name] is tensor for name, tensor in first.items())
+    assert held.weights["trunk.1.num_batches_tracked"].dtype == torch.int64
+
+
 def test_longer_answers_count_each_place():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
