@@ -1,8 +1,10 @@
 """Checks of what a person passes: an error names the argument, its value and the way out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None, why: str) -> int:
@@ -105,3 +107,45 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
             f"{name}={value!r}: unknown; choose one of {', '.join(map(repr, choices))}"
         )
     return str(value)
+
+
+def state_dict(name: str, value: Any) -> Mapping[str, Any]:
+    """Return `value` if it is a state dict, and that of a module.
+
+    Raises:
+        TypeError: it is neither.
+
+    Example:
+        >>> state_dict("anchor", True)
+        Traceback (most recent call last):
+        TypeError: anchor=bool: no weights by name; pass a state dict or a module
+    """
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name}={type(value).__name__}: no weights by name; pass a state dict or a module"
+        )
+    return value
+
+
+def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
+    """Return `value`, which is one of a state dict, if it is a tensor of the shape of `like`.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: its shape is another.
+
+    Example:
+        >>> import torch
+        >>> weight("anchor['bias']", torch.ones(3), torch.ones(2), instead="pass another")
+        Traceback (most recent call last):
+        ValueError: anchor['bias'] has the shape (3,), the model's (2,); pass another
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass a tensor")
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(value.shape)}, the model's {tuple(like.shape)}; {instead}"
+        )
+    return value

@@ -115,7 +115,7 @@ def consolidate(
         The share, the losses, and all that was evaluated; prints as one line.
 
     Raises:
-        TypeError: `evaluate` returned no number.
+        TypeError: `evaluate` returned no number, or `anchor` has no tensors.
         ValueError: an argument is out of bounds, `anchor` does not fit the model or is no copy, or
             `fresh` names nothing.
         Unsupported: FSDP1, DeepSpeed ZeRO-3, parameters on the meta device, or a sharded model with an

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapaware import arguments
 from gapaware.distributed import Unsupported, is_dtensor, local
 
 AnchorWeights = Mapping[str, Tensor] | nn.Module
@@ -142,21 +143,18 @@ def matched(
         Triples (the model's own tensor, the anchor's, whether it is `fresh`), tied tensors once.
 
     Raises:
-        ValueError, Unsupported: as `consolidate`.
+        TypeError, ValueError, Unsupported: as `consolidate`.
     """
     if isinstance(fresh, str):
         raise TypeError(f"fresh={fresh!r}: pass a sequence of names, such as fresh=[{fresh!r}]")
-    start = anchor.state_dict() if isinstance(anchor, nn.Module) else anchor
-    if not isinstance(start, Mapping):
-        raise TypeError(f"anchor={type(anchor).__name__}: pass a state dict or a module")
+    start = arguments.state_dict("anchor", anchor)
     unknown, pairs, missing = set(fresh), [], []
     for names, tensor in _tensors(model):
         mine = {prefix for prefix in fresh if any(name.startswith(prefix) for name in names)}
         unknown -= mine
         found = next((name for name in names if name in start), None)
         if found is not None:
-            _refuse(found, tensor, start[found])
-            pairs.append((tensor, start[found], bool(mine)))
+            pairs.append((tensor, _fitting(found, tensor, start[found]), bool(mine)))
         elif not mine and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
             missing.append(names[0])
     if unknown:
@@ -179,17 +177,18 @@ def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(named.values())
 
 
-def _refuse(name: str, tensor: Tensor, start: Tensor) -> None:
+def _fitting(name: str, tensor: Tensor, given: Any) -> Tensor:
     if tensor.is_meta or hasattr(tensor, "ds_id") or getattr(tensor, "_fsdp_flattened", False):
         raise Unsupported(
             f"model: the elements of {name} are not in its tensor (meta device, DeepSpeed ZeRO-3 or "
             "FSDP1); gather the model first, or shard it with torch.distributed.fsdp.fully_shard"
         )
-    if tensor.shape != start.shape:
-        raise ValueError(
-            f"anchor[{name!r}] has the shape {tuple(start.shape)}, the model's {tuple(tensor.shape)}; "
-            "pass the weights that this model started from, or name it in `fresh` and leave it out"
-        )
+    start = arguments.weight(
+        f"anchor[{name!r}]",
+        given,
+        tensor,
+        instead="pass the weights that this model started from, or name it in `fresh` and leave it out",
+    )
     alike = is_dtensor(tensor) == is_dtensor(start)
     if alike and is_dtensor(tensor) and is_dtensor(start):
         alike = (tensor.device_mesh, tensor.placements) == (start.device_mesh, start.placements)
@@ -198,6 +197,7 @@ def _refuse(name: str, tensor: Tensor, start: Tensor) -> None:
             f"anchor[{name!r}] is not sharded as the model's; take the anchor after sharding and "
             "before training: gapaware.starting_weights(model)"
         )
+    return start
 
 
 def _fully_sharded(model: nn.Module) -> list[Any]:

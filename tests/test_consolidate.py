@@ -379,6 +379,8 @@ def test_anchor_that_does_not_fit():
         consolidate(model, {**anchor, "3.bias": torch.zeros(3)}, error)
     with pytest.raises(TypeError, match="anchor=list"):
         consolidate(model, [anchor], error)
+    with pytest.raises(TypeError, match=r"anchor\['3\.bias'\] is a ndarray: pass a tensor"):
+        consolidate(model, {**anchor, "3.bias": anchor["3.bias"].numpy()}, error)
 
 
 def test_anchor_that_was_not_copied():
