@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from gapaware import arguments
 
+_WAY_OUT = "pass its state_dict() from before fine-tuning, or leave them out to copy it now"
+
 
 class Distillation:
     """A loss that holds a model to its old answers while it learns something new.
@@ -33,12 +35,14 @@ class Distillation:
             running statistics stay those of the new task: `gapaware.scrambled`; for a language model a
             function that returns texts drawn from it before fine-tuning; with a head for each task
             `lambda x: torch.cat([x, gapaware.scrambled(x)])`.
-        weights: of the start, by name; None copies the model's own now, parameters and buffers.
+        weights: of the start, a state dict or a module; None copies the model's own now. Names that the
+            model does not have are left out, and buffers that a state dict does not save are its own now.
         strength: of the loss beside the new task's.
         temperature: T. Above 1 unlikely classes count too.
 
     Raises:
-        ValueError: strength or temperature is not positive, or `weights` lacks some or has others.
+        TypeError: `weights` has no tensors.
+        ValueError: strength or temperature is not positive, or `weights` lacks some or has other shapes.
 
     Example:
         >>> trunk, old_head, new_head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3), torch.nn.Linear(8, 2)
@@ -59,7 +63,7 @@ class Distillation:
         answers: Callable[[Any, Any], Tensor],
         *,
         inputs: Callable[[Any], Any] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | nn.Module | None = None,
         strength: float = 2.0,
         temperature: float = 2.0,
     ) -> None:
@@ -68,13 +72,18 @@ class Distillation:
         self._asked = _Asked(model, answers)
         self._inputs = inputs
         own = dict(_tensors(model))
-        given = own if weights is None else {name: weights[name] for name in own if name in weights}
-        if missing := own.keys() - given.keys():
+        given = own if weights is None else arguments.state_dict("weights", weights)
+        saved = dict(model.named_parameters()).keys() | model.state_dict().keys()
+        if missing := own.keys() & saved - given.keys():
             raise ValueError(
-                f"weights: lacks {sorted(missing)[0]!r} and {len(missing) - 1} more of the model; pass "
-                "its state_dict() from before fine-tuning, or leave them out to copy it now"
+                f"weights: lacks {sorted(missing)[0]!r} and {len(missing) - 1} more of the model; "
+                f"{_WAY_OUT}"
             )
-        self.weights = {name: w.detach().clone() for name, w in given.items()}
+        self.weights: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            start = given.get(name, tensor)
+            start = arguments.weight(f"weights[{name!r}]", start, tensor, instead=_WAY_OUT)
+            self.weights[name] = start.detach().clone()
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss on a batch, to be added to the new task's: a scalar that gradients flow through.

@@ -165,6 +165,25 @@ def test_weights_given_by_name_are_the_start():
     assert Distillation(model, old_answers, weights=start)(x).item() > 1e-3
 
 
+def test_a_state_dict_may_have_more_names_than_the_model_and_lack_what_it_does_not_save():
+    model = two_heads()
+    model["more"] = nn.Linear(16, 3)
+    model["more"].weight = model["old"].weight  # tied: two names of one parameter
+    model.register_buffer("places", torch.arange(3), persistent=False)
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    held = Distillation(model, old_answers, weights={**start, "other": torch.ones(1)})
+    assert held.weights.keys() == {*start, "places"} - {"more.weight"}
+
+
+def test_a_module_is_the_start_too():
+    model = two_heads().eval()
+    start = copy.deepcopy(model)
+    disturb(model)
+    held = Distillation(model, old_answers, weights=start)
+    assert torch.equal(held.weights["old.weight"], start["old"].weight)
+    assert held(torch.randn(4, 6)).item() > 1e-3
+
+
 @pytest.mark.parametrize("moved", [{"device": "meta"}, {"dtype": torch.float64}])
 def test_the_start_follows_a_model_that_moves_once(moved):
     model = two_heads()
@@ -190,15 +209,26 @@ def test_longer_answers_count_each_place():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"strength": 0.0}, "strength=0.0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"weights": {}}, "weights: lacks"),
+        ({"strength": 0.0}, ValueError, "strength=0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0"),
+        ({"weights": {}}, ValueError, "weights: lacks"),
+        ({"weights": [torch.ones(1)]}, TypeError, "weights=list: .*pass a state dict or a module"),
+        (
+            {"weights": {**two_heads().state_dict(), "old.bias": torch.ones(4)}},
+            ValueError,
+            r"weights\['old.bias'\] has the shape \(4,\), the model's \(3,\); pass its state_dict",
+        ),
+        (
+            {"weights": {**two_heads().state_dict(), "old.bias": [0.0, 0.0, 0.0]}},
+            TypeError,
+            r"weights\['old.bias'\] is a list: pass a tensor",
+        ),
     ],
 )
-def test_wrong_arguments_say_what_to_do(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_arguments_say_what_to_do(arguments, error, message):
+    with pytest.raises(error, match=message):
         Distillation(two_heads(), old_answers, **arguments)
 
 
