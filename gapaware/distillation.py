@@ -89,7 +89,8 @@ class Distillation:
         """The loss on a batch, to be added to the new task's: a scalar that gradients flow through.
 
         Raises:
-            ValueError: the answers are single numbers, which have no distribution over classes.
+            TypeError: the answers are no tensor.
+            ValueError: they are single numbers, which have no distribution over classes.
         """
         if self._inputs is not None:
             batch = self._inputs(batch)
@@ -100,16 +101,20 @@ class Distillation:
         apart = F.kl_div(now, then, log_target=True, reduction="batchmean")
         return self.strength * self.temperature**2 * apart
 
-    def _answers_then(self, batch: Any) -> Tensor:
+    def _answers_then(self, batch: Any) -> Any:
         for name, now in _tensors(self._asked.model):
             if name in self.weights:
                 # only where the model has moved since: a Trainer moves it after this was built
                 self.weights[name] = self.weights[name].to(now.device, now.dtype)
         weights = {f"model.{name}": tensor for name, tensor in self.weights.items()}
-        answered: Tensor = functional_call(self._asked, weights, (batch,))
-        return answered
+        return functional_call(self._asked, weights, (batch,))
 
-    def _softened(self, logits: Tensor) -> Tensor:
+    def _softened(self, logits: Any) -> Tensor:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"answers: gave a {type(logits).__name__}; return the logits, a tensor: of a Hugging Face "
+                "model `model(**batch).logits`"
+            )
         if logits.ndim < 2 or logits.shape[-1] < 2:
             raise ValueError(
                 f"answers: gave logits of shape {tuple(logits.shape)}; return (..., classes) with at "

@@ -1,6 +1,7 @@
 """Distillation holds a model to its old answers, computed from the starting weights."""
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -236,6 +237,13 @@ def test_single_numbers_are_refused():
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=r"shape \(4, 1\)"):
         Distillation(model, lambda m, x: m(x))(torch.randn(4, 3))
+
+
+def test_an_output_with_logits_in_it_is_refused():
+    model = nn.Linear(3, 2)
+    output = namedtuple("Output", "logits")
+    with pytest.raises(TypeError, match=r"answers: gave a Output; return the logits.*\.logits"):
+        Distillation(model, lambda m, x: output(m(x)))(torch.randn(4, 3))
 
 
 def test_scrambles_are_of_the_same_elements_in_other_orders():
