@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,6 +46,22 @@ def boolean(name: str, value: Any, *, why: str) -> bool:
     return value
 
 
+def number(name: str, value: Any, *, why: str) -> float:
+    """Return `value` if it is a number.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> number("start_loss", "a", why="the loss from which the gain counts")
+        Traceback (most recent call last):
+        TypeError: start_loss='a': the loss from which the gain counts; pass a number
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: {why}; pass a number")
+    return float(value)
+
+
 def positive(
     name: str, value: Any, *, low: float = 0.0, high: float = float("inf"), why: str
 ) -> float:
@@ -59,15 +76,13 @@ def positive(
         Traceback (most recent call last):
         ValueError: max_scale=0.5: the largest factor on the learning rate; pass 1.0 <= max_scale < inf
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r}: {why}; pass a number")
-    number = float(value)
-    if not (0.0 < number < float("inf") and low <= number <= high):
+    found = number(name, value, why=why)
+    if not (0.0 < found < float("inf") and low <= found <= high):
         below = "<" if high == float("inf") else "<="
         above = "<" if low == 0.0 else "<="
         lower = "0" if low == 0.0 else f"{low}"
         raise ValueError(f"{name}={value}: {why}; pass {lower} {above} {name} {below} {high}")
-    return number
+    return found
 
 
 def not_negative(name: str, value: Any, *, high: float = float("inf"), why: str) -> float:
@@ -82,13 +97,11 @@ def not_negative(name: str, value: Any, *, high: float = float("inf"), why: str)
         Traceback (most recent call last):
         ValueError: max_push=-1: the strongest push along the recent steps; pass 0 <= max_push < inf
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r}: {why}; pass a number")
-    number = float(value)
-    if not (0.0 <= number < float("inf") and number <= high):
+    found = number(name, value, why=why)
+    if not (0.0 <= found < float("inf") and found <= high):
         below = "<" if high == float("inf") else "<="
         raise ValueError(f"{name}={value}: {why}; pass 0 <= {name} {below} {high}")
-    return number
+    return found
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -107,6 +120,28 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
             f"{name}={value!r}: unknown; choose one of {', '.join(map(repr, choices))}"
         )
     return str(value)
+
+
+def device(name: str, value: Any, *, why: str) -> Any:
+    """Return `value` if it is a device that this machine has, or None.
+
+    Raises:
+        ValueError: it is not, or keeps nothing.
+
+    Example:
+        >>> device("storage_device", "gpu", why="where the trained weights lie")
+        Traceback (most recent call last):
+        ValueError: storage_device='gpu': where the trained weights lie; pass a device that this machine ...
+    """
+    try:
+        if value is not None and torch.empty(0, device=value).is_meta:
+            raise ValueError("the meta device keeps nothing")
+    # as many kinds as there are devices that can be missing
+    except Exception as error:
+        raise ValueError(
+            f"{name}={value!r}: {why}; pass a device that this machine has, such as 'cpu'"
+        ) from error
+    return value
 
 
 def state_dict(name: str, value: Any) -> Mapping[str, Any]:
@@ -137,7 +172,6 @@ def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
         ValueError: its shape is another.
 
     Example:
-        >>> import torch
         >>> weight("anchor['bias']", torch.ones(3), torch.ones(2), instead="pass another")
         Traceback (most recent call last):
         ValueError: anchor['bias'] has the shape (3,), the model's (2,); pass another

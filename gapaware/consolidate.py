@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from gapaware.arguments import integer, positive
+from gapaware import arguments
 from gapaware.distributed import sharing
 from gapaware.line import AnchorWeights, Line
 
@@ -115,7 +115,7 @@ def consolidate(
         The share, the losses, and all that was evaluated; prints as one line.
 
     Raises:
-        TypeError: `evaluate` returned no number, or `anchor` has no tensors.
+        TypeError: an argument is of the wrong kind, or `evaluate` returned no number.
         ValueError: an argument is out of bounds, `anchor` does not fit the model or is no copy, or
             `fresh` names nothing.
         Unsupported: FSDP1, DeepSpeed ZeRO-3, parameters on the meta device, or a sharded model with an
@@ -137,9 +137,8 @@ def consolidate(
         >>> model.weight.item()
         5.5
     """
-    keep = positive("keep", keep, high=1.0, why="the share of the gain to keep")
-    evaluations = integer(
-        "evaluations", evaluations, low=3, why="the start, the end and a point between them"
+    keep, start_loss, evaluations = checked(
+        keep=keep, start_loss=start_loss, evaluations=evaluations, storage_device=storage_device
     )
     line = Line(model, anchor, fresh, storage_device)
     ranks = () if process_group is None else tuple(get_process_group_ranks(process_group))
@@ -184,6 +183,26 @@ def consolidate(
         line.go(share)
     loss = dict(tried)[share]
     return Consolidation(share, loss, reference, end, (reference - loss) / gain, tuple(tried))
+
+
+def checked(
+    *, keep: Any, start_loss: Any, evaluations: Any, storage_device: Any, **_: Any
+) -> tuple[float, float | None, int]:
+    """The options of `consolidate` that can be checked without a model: keep, start_loss, evaluations.
+
+    Raises:
+        TypeError, ValueError: one of them is wrong.
+    """
+    arguments.device("storage_device", storage_device, why="where the trained weights lie")
+    if start_loss is not None:
+        start_loss = arguments.number("start_loss", start_loss, why="a bound on the loss")
+    return (
+        arguments.positive("keep", keep, high=1.0, why="the share of the gain to keep"),
+        start_loss,
+        arguments.integer(
+            "evaluations", evaluations, low=3, why="the start, the end and a point between them"
+        ),
+    )
 
 
 def smallest(keeps: Callable[[float], bool], evaluations: int) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from gapaware.consolidate import Consolidation, Evaluate, consolidate
+from gapaware import arguments
+from gapaware.consolidate import Consolidation, Evaluate, checked, consolidate
 from gapaware.distributed import alone
 from gapaware.line import AnchorWeights, matched, starting_weights
 
@@ -50,7 +52,8 @@ class ConsolidateCallback(TrainerCallback):
         result: the `gapaware.Consolidation`, after training.
 
     Raises:
-        ValueError: there is no eval_dataset, or the anchor does not fit the model; both before training.
+        TypeError, ValueError: there is no eval_dataset, an option is wrong, or the anchor does not fit the
+            model; all before training.
 
     Example:
         >>> args = TrainingArguments("run", use_cpu=True, report_to="none")
@@ -75,14 +78,20 @@ class ConsolidateCallback(TrainerCallback):
             )
         self.result: Consolidation | None = None
         self._trainer, self._evaluate = trainer, evaluate
-        self._anchor_device = anchor_device
+        self._anchor_device = arguments.device(
+            "anchor_device", anchor_device, why="where the starting weights lie"
+        )
         self._given = anchor is not None
         self._anchor: AnchorWeights | None = anchor
         # replicas have to decide alike
         group = None if alone() else torch.distributed.group.WORLD
         self._options = {"keep": keep, "process_group": group, **options}
+        # an error now, not after the training that it would cost
+        call = inspect.signature(consolidate).bind(trainer.model, anchor, evaluate, **self._options)
+        call.apply_defaults()
+        checked(**call.arguments)
         if anchor is None and trainer.model is not None:
-            self._anchor = starting_weights(trainer.model, anchor_device)
+            self._anchor = starting_weights(trainer.model, self._anchor_device)
 
     def on_train_begin(
         self,

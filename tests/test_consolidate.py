@@ -349,26 +349,29 @@ def test_evaluate_has_to_return_a_number():
 
 # -- refusals ------------------------------------------------------------------------------------
 
+WRONG = [
+    ({"keep": 0.0}, ValueError, r"keep=0\.0"),
+    ({"keep": 1.1}, ValueError, r"keep=1\.1"),
+    ({"evaluations": 2}, ValueError, r"evaluations=2.*>= 3"),
+    ({"start_loss": "a"}, TypeError, r"start_loss='a': .*pass a number"),
+    ({"storage_device": "gpu"}, ValueError, r"storage_device='gpu': .*such as 'cpu'"),
+    ({"storage_device": "meta"}, ValueError, r"storage_device='meta'"),
+    ({"foo": 3}, TypeError, "unexpected keyword argument 'foo'"),
+]
+
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "kind", "message"),
     [
-        ({"keep": 0.0}, r"keep=0\.0"),
-        ({"keep": 1.1}, r"keep=1\.1"),
-        ({"evaluations": 2}, r"evaluations=2.*>= 3"),
-        ({"fresh": ["classifier."]}, r"fresh=\['classifier\.'\]"),
+        *WRONG,
+        ({"fresh": ["classifier."]}, ValueError, r"fresh=\['classifier\.'\]"),
+        ({"fresh": "3."}, TypeError, r"fresh='3\.'"),
     ],
 )
-def test_arguments_out_of_bounds(arguments, message):
+def test_wrong_arguments(arguments, kind, message):
     model, anchor = trained()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         consolidate(model, anchor, error, **arguments)
-
-
-def test_fresh_is_a_sequence():
-    model, anchor = trained()
-    with pytest.raises(TypeError, match=r"fresh='3\.'"):
-        consolidate(model, anchor, error, fresh="3.")
 
 
 def test_anchor_that_does_not_fit():
@@ -628,6 +631,20 @@ def test_callback_refuses_before_training(hugging, tmp_path):
     with pytest.raises(ValueError, match="no eval_dataset"):
         ours.ConsolidateCallback(trainer)
     ours.ConsolidateCallback(trainer, evaluate=error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        *WRONG,
+        ({"anchor_device": "gpu"}, ValueError, "anchor_device='gpu'"),
+        ({"model": None}, TypeError, "multiple values for argument 'model'"),
+    ],
+)
+def test_callback_refuses_wrong_options_at_once(hugging, tmp_path, arguments, kind, message):
+    transformers, ours = hugging
+    with pytest.raises(kind, match=message):
+        ours.ConsolidateCallback(trainer_for(transformers, tmp_path), **arguments)
 
 
 def test_validation_loss_is_the_eval_loss_of_each_set(hugging, tmp_path):
