@@ -114,12 +114,18 @@ class Factory:
         """Build the base optimizer for ``model`` and wrap it; arguments as above.
 
         Raises:
-            ValueError: ``base`` returned a GapAware and there are options for another one.
+            TypeError: ``base`` returned no optimizer.
+            ValueError: it returned a GapAware and there are options for another one.
         """
         # the Trainer steps on all ranks together, so they can agree on every snapshot
         together = {"process_group": None if alone() else torch.distributed.group.WORLD, **options}
         if callable(base):
             built = base(model)
+            if not isinstance(built, torch.optim.Optimizer):
+                raise TypeError(
+                    f"base returned {type(built).__name__}: return an optimizer, such as "
+                    "torch.optim.SGD(model.parameters(), lr=1e-2)"
+                )
             if not isinstance(built, GapAware):
                 return GapAware(_named(built, model), **together)
             if options:

@@ -182,6 +182,12 @@ def test_wrong_base_names_the_way_out(tmp_path, base):
         optimizer_cls_and_kwargs(arguments(tmp_path), base=base)
 
 
+def test_a_function_that_returns_no_optimizer_is_named(tmp_path):
+    trainer = trainer_for(arguments(tmp_path), base=lambda model: None)
+    with pytest.raises(TypeError, match="base returned NoneType: return an optimizer"):
+        trainer.create_optimizer()
+
+
 def test_unknown_option_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match="modus"):
         optimizer_cls_and_kwargs(arguments(tmp_path), modus="auto")
