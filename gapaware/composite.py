@@ -38,7 +38,7 @@ class Composite(Delegating):
 
     Raises:
         TypeError: one of them is no optimizer, or a `GapAware`.
-        ValueError: no optimizers, or a parameter in two of them.
+        ValueError: no optimizers, a parameter in two of them, or LBFGS.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -65,6 +65,11 @@ class Composite(Delegating):
                 raise TypeError(
                     f"optimizers: {optimizer!r:.60} is not a torch.optim.Optimizer; pass optimizers "
                     "that are built"
+                )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    "optimizers: LBFGS evaluates the closure itself, several times a step, and here it is "
+                    "evaluated once for all; wrap LBFGS alone, GapAware(LBFGS(...))"
                 )
             mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if owned & mine:

@@ -53,6 +53,7 @@ def test_nested_composites():
         (lambda p: [], ValueError, "pass at least one optimizer"),
         (lambda p: [torch.optim.SGD(p), torch.optim.Adam(p[:1])], ValueError, "1 parameters"),
         (lambda p: [GapAware(torch.optim.SGD(p))], TypeError, r"GapAware\(Composite"),
+        (lambda p: [torch.optim.SGD(p[1:]), torch.optim.LBFGS(p[:1])], ValueError, "LBFGS alone"),
         (lambda p: [nn.Linear(1, 1)], TypeError, "not a torch.optim.Optimizer"),
     ],
 )

@@ -878,7 +878,7 @@ def test_refused_at_construction(base, error, says):
     "base",
     [
         lambda p: torch.optim.LBFGS(p),
-        lambda p: Composite(torch.optim.SGD(p[:1]), torch.optim.LBFGS(p[1:])),
+        lambda p: Composite(torch.optim.SGD(p[:1]), Lookahead(torch.optim.SGD(p[1:]))),
         lambda p: Lookahead(torch.optim.SGD(p)),
     ],
 )
