@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gapaware import arguments
 from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
 from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
@@ -23,7 +24,12 @@ class Anchor:
         source: "init" for the weights at the first step; or a state dict by parameter name, in which
             what is missing is not pulled: a new head, which has no old skill.
         device: where to keep them, None for the parameters' own. From elsewhere they travel at each step.
-        dtype: to keep them in, such as `torch.bfloat16`; None for the parameters' own.
+        dtype: to keep them in, such as `torch.bfloat16`; None for the parameters' own, which complex ones
+            always have.
+
+    Raises:
+        TypeError: dtype is no floating-point one.
+        ValueError: this machine has no such device.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -43,7 +49,9 @@ class Anchor:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._source = source
-        self._device, self._dtype = device, dtype
+        why = "how to keep the starting weights"
+        self._device = arguments.device("anchor_device", device, why=why)
+        self._dtype = arguments.floating("anchor_dtype", dtype, why=why)
         self.restart()
 
     def restart(self) -> None:
@@ -142,8 +150,9 @@ class Anchor:
         return None if names is None else self._source.get(names[place[1]])
 
     def _kept(self, weights: Tensor) -> Tensor:
+        dtype = None if weights.is_complex() else self._dtype
         return torch.empty_like(
-            weights, device=self._device, dtype=self._dtype, requires_grad=False
+            weights, device=self._device, dtype=dtype, requires_grad=False
         ).copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:

@@ -144,6 +144,22 @@ def device(name: str, value: Any, *, why: str) -> Any:
     return value
 
 
+def floating(name: str, value: Any, *, why: str) -> Any:
+    """Return `value` if it is a floating-point dtype, or None.
+
+    Raises:
+        TypeError: it is neither.
+
+    Example:
+        >>> floating("anchor_dtype", torch.int8, why="how to keep weights")
+        Traceback (most recent call last):
+        TypeError: anchor_dtype=torch.int8: how to keep weights; pass a floating-point torch.dtype
+    """
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    raise TypeError(f"{name}={value!r}: {why}; pass a floating-point torch.dtype")
+
+
 def state_dict(name: str, value: Any) -> Mapping[str, Any]:
     """Return `value` if it is a state dict, and that of a module.
 

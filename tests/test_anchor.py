@@ -197,6 +197,40 @@ def test_kept_in_bfloat16_and_elsewhere():
     assert theta.dtype == torch.float32
 
 
+def test_complex_parameters_keep_their_imaginary_part():
+    theta = nn.Parameter(torch.full((2,), 1 + 2j))
+    anchor = Anchor("init", dtype=torch.bfloat16)
+    group = {"params": [theta], "lr": 1.0}
+    anchor.start([group])
+    with torch.no_grad():
+        theta.zero_()
+    anchor.pull([group], [Scales(pull=1.0)])
+    assert theta.tolist() == [1 + 2j] * 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("anchor_dtype", torch.int8, TypeError),
+        ("anchor_dtype", torch.bool, TypeError),
+        ("anchor_dtype", torch.complex64, TypeError),
+        ("anchor_dtype", "bfloat16", TypeError),
+        ("anchor_device", "gpu", ValueError),
+        ("anchor_device", "meta", ValueError),
+        ("anchor_device", 0.5, ValueError),
+        pytest.param(
+            "anchor_device",
+            "cuda",
+            ValueError,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has it"),
+        ),
+    ],
+)
+def test_where_and_how_it_cannot_be_kept_is_refused_at_once(argument, value, error):
+    with pytest.raises(error, match=f"{argument}={value!r}: how to keep .*; pass a "):
+        GapAware(still(nn.Parameter(torch.ones(2))), mode="retain", **{argument: value})
+
+
 def test_frozen_later_and_added_parameters():
     model, _ = model_and_start()
     optimizer = GapAware(torch.optim.SGD(model[0].parameters(), lr=0.05), mode="retain")
