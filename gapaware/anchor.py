@@ -64,21 +64,13 @@ class Anchor:
         """Refuse a state dict that is not one of these parameters.
 
         Raises:
+            TypeError: it has no tensor for one of them.
             ValueError: the parameters have no names, none is in it, or a shape is another.
         """
         if isinstance(self._source, str):
             return
-        found = 0
-        for place, parameter in _anchored(groups):
-            given = self._given(groups, place)
-            if given is not None and given.shape != parameter.shape:
-                raise ValueError(
-                    f"anchor: {groups[place[0]]['param_names'][place[1]]!r} has the shape "
-                    f"{tuple(given.shape)}, the parameter {tuple(parameter.shape)}; pass the state dict "
-                    "that this model was loaded from"
-                )
-            found += given is not None
-        if not found:
+        given = [self._given(groups, place, parameter) for place, parameter in _anchored(groups)]
+        if all(weights is None for weights in given):
             raise ValueError(
                 "anchor: none of its names is a parameter of the wrapped optimizer; build that with "
                 "model.named_parameters(), which gives it names, and pass a state dict of the same model"
@@ -92,7 +84,7 @@ class Anchor:
         for place, parameter in _anchored(groups):
             if place[0] < self._groups:
                 continue
-            given = parameter if isinstance(self._source, str) else self._given(groups, place)
+            given = self._given(groups, place, parameter)
             if given is not None:
                 self._weights[place] = self._kept(_like(given.detach(), parameter))
         self._groups = len(groups)
@@ -144,10 +136,18 @@ class Anchor:
         peak = self._highest_lr[number] = max(float(lr), float(before))
         return float(lr) / peak if peak > 0 else 0.0
 
-    def _given(self, groups: Groups, place: Place) -> Tensor | None:
-        assert not isinstance(self._source, str)
-        names = groups[place[0]].get("param_names")
-        return None if names is None else self._source.get(names[place[1]])
+    def _given(self, groups: Groups, place: Place, parameter: Tensor) -> Tensor | None:
+        if isinstance(self._source, str):
+            return parameter
+        name = _name(groups, place)
+        if name not in self._source:
+            return None
+        return arguments.weight(
+            f"anchor[{name!r}]",
+            self._source[name],
+            parameter,
+            instead="pass the state dict that this model was loaded from",
+        )
 
     def _kept(self, weights: Tensor) -> Tensor:
         dtype = None if weights.is_complex() else self._dtype
@@ -188,6 +188,12 @@ def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:
 
 def _is_anchored(groups: Groups, place: Place, parameter: Tensor) -> bool:
     return parameter.requires_grad and bool(groups[place[0]].get("anchor", True))
+
+
+def _name(groups: Groups, place: Place) -> str:
+    """The name of a parameter, "" where it has none."""
+    names = groups[place[0]].get("param_names")
+    return "" if names is None else names[place[1]]
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

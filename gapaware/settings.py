@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gapaware import arguments, layout
 from gapaware.blocks import CHUNK
@@ -60,7 +60,7 @@ def settle(
     min_scale: float | None,
     max_push: float | None,
     granularity: str,
-    anchor: str | Mapping[str, Tensor] | None,
+    anchor: str | Mapping[str, Tensor] | nn.Module | None,
     controller: Controller | None,
     history_size: int,
     seed: int,
@@ -173,13 +173,15 @@ def _check_controller(controller: Any, mode: str) -> None:
 
 
 def _anchor(
-    anchor: str | Mapping[str, Tensor] | None,
+    anchor: str | Mapping[str, Tensor] | nn.Module | None,
     mode: str,
     chosen: Mode,
     controller: Controller | None,
 ) -> str | Mapping[str, Tensor] | None:
     if isinstance(anchor, str):
         arguments.choice("anchor", anchor, ("init",))
+    elif anchor is not None:
+        anchor = arguments.state_dict("anchor", anchor)
     if controller is not None:
         return anchor
     if anchor is None:

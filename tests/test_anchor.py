@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,17 +119,37 @@ def test_the_anchor_may_be_other_weights_than_the_first():
     assert theta.tolist() == pytest.approx([FIRST_PULL] * 2)
 
 
+def test_the_anchor_may_be_a_module():
+    ends = []
+    for as_module in (False, True):
+        model, start = model_and_start()
+        pretrained, _ = model_and_start(seed=1)
+        base = torch.optim.SGD(model.named_parameters(), lr=0.05)
+        anchor = pretrained if as_module else pretrained.state_dict()
+        train(model, GapAware(base, mode="retain", anchor=anchor), 3)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+
+
 @pytest.mark.parametrize(
-    ("anchor", "message"),
+    ("anchor", "error", "message"),
     [
-        ({"other": torch.ones(2)}, "named_parameters"),
-        ({"theta": torch.ones(3)}, r"'theta' has the shape \(3,\), the parameter \(2,\)"),
-        ("start", "choose one of 'init'"),
+        ({"other": torch.ones(2)}, ValueError, "named_parameters"),
+        (
+            {"theta": torch.ones(3)},
+            ValueError,
+            r"anchor\['theta'\] has the shape \(3,\), the model's \(2,\)",
+        ),
+        ({"theta": np.ones(2)}, TypeError, r"anchor\['theta'\] is a ndarray: pass a tensor"),
+        ({"theta": 1.0}, TypeError, r"anchor\['theta'\] is a float: pass a tensor"),
+        ("start", ValueError, "choose one of 'init'"),
+        (True, TypeError, "anchor=bool: .* pass a state dict or a module"),
+        ([torch.ones(2)], TypeError, "anchor=list: .* pass a state dict or a module"),
     ],
 )
-def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, message):
+def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, error, message):
     base = torch.optim.SGD([("theta", nn.Parameter(torch.zeros(2)))], lr=0.1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         GapAware(base, mode="retain", anchor=anchor)
 
 
