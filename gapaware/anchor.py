@@ -88,6 +88,7 @@ class Anchor:
             if given is not None:
                 self._weights[place] = self._kept(_like(given.detach(), parameter))
         self._groups = len(groups)
+        self._let_go(groups)
 
     @torch.no_grad()
     def pull(
@@ -149,6 +150,15 @@ class Anchor:
             instead="pass the state dict that this model was loaded from",
         )
 
+    def _let_go(self, groups: Groups) -> None:
+        """Refer to the copies instead of what they were made from, whose memory can then be freed.
+
+        The names stay: those of parameters that are added later, and all of them for a new start.
+        """
+        if not isinstance(self._source, str):
+            copies = {_name(groups, place): kept for place, kept in self._weights.items()}
+            self._source = {name: copies.get(name, w) for name, w in self._source.items()}
+
     def _kept(self, weights: Tensor) -> Tensor:
         dtype = None if weights.is_complex() else self._dtype
         return torch.empty_like(
@@ -177,6 +187,7 @@ class Anchor:
             int(number): float(lr) for number, lr in state["highest_lr"].items()
         }
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
+        self._let_go(groups)
 
 
 def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:

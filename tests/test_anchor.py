@@ -1,6 +1,7 @@
 """The starting weights and the pull towards them."""
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -129,6 +130,39 @@ def test_the_anchor_may_be_a_module():
         train(model, GapAware(base, mode="retain", anchor=anchor), 3)
         ends.append(model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+
+
+def gone(given, name):
+    """Whether nobody else holds on to a weight that was given."""
+    seen = weakref.ref(given.pop(name))
+    return seen() is None
+
+
+def test_what_was_given_is_freed_once_it_is_copied():
+    model, given = model_and_start()
+    base = torch.optim.SGD(model[0].named_parameters(prefix="0"), lr=0.05)
+    optimizer = GapAware(base, mode="retain", anchor=given)
+    start = copy.deepcopy(given)
+    train(model, optimizer, 3)
+    assert gone(given, "0.weight")
+    # a parameter that is added later finds its start all the same
+    optimizer.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
+    train(model, optimizer, 1)
+    assert torch.equal(optimizer.starting_weights()["1.0"], start["2.weight"])
+    assert gone(given, "2.weight")
+    # and so does a run that begins anew
+    optimizer.load_state_dict(optimizer.base.state_dict())
+    train(model, optimizer, 1)
+    assert torch.equal(optimizer.starting_weights()["0.0"], start["0.weight"])
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    model, given = model_and_start()
+    groups = [
+        {"params": list(model[number].named_parameters(prefix=str(number)))} for number in (0, 2)
+    ]
+    resumed = GapAware(torch.optim.SGD(groups, lr=0.05), mode="retain", anchor=given)
+    resumed.load_state_dict(saved)
+    assert gone(given, "0.weight")
 
 
 @pytest.mark.parametrize(
