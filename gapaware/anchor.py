@@ -86,7 +86,7 @@ class Anchor:
                 continue
             given = self._given(groups, place, parameter)
             if given is not None:
-                self._weights[place] = self._kept(_like(given.detach(), parameter))
+                self._weights[place] = self._kept(given.detach(), parameter)
         self._groups = len(groups)
         self._let_go(groups)
 
@@ -159,10 +159,14 @@ class Anchor:
             copies = {_name(groups, place): kept for place, kept in self._weights.items()}
             self._source = {name: copies.get(name, w) for name, w in self._source.items()}
 
-    def _kept(self, weights: Tensor) -> Tensor:
-        dtype = None if weights.is_complex() else self._dtype
+    def _kept(self, weights: Tensor, parameter: Tensor) -> Tensor:
+        weights = _like(weights, parameter)
+        own = self._dtype is None or parameter.is_complex()
         return torch.empty_like(
-            weights, device=self._device, dtype=dtype, requires_grad=False
+            weights,
+            device=parameter.device if self._device is None else self._device,
+            dtype=parameter.dtype if own else self._dtype,
+            requires_grad=False,
         ).copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class Anchor:
             ValueError: a weight does not fit its parameter.
         """
         weights = {
-            place: self._kept(_like(saved.to(parameter.device), parameter))
+            place: self._kept(saved.to(parameter.device), parameter)
             for place, parameter, saved in from_state(state["weights"], groups, "anchor")
         }
         peaks: dict[int, float | Tensor] = {

@@ -252,6 +252,18 @@ def test_kept_in_bfloat16_and_elsewhere():
     assert theta.dtype == torch.float32
 
 
+def test_weights_given_in_another_dtype_are_kept_in_the_parameters_own():
+    theta = nn.Parameter(torch.zeros(2))
+    groups = [{"params": [theta], "param_names": ["theta"], "lr": 1.0}]
+    anchor = Anchor({"theta": torch.ones(2, dtype=torch.float64)})
+    anchor.start(groups)
+    saved = anchor.state_dict()
+    assert saved["weights"]["0.0"].dtype == torch.float32
+    saved["weights"]["0.0"] = saved["weights"]["0.0"].bfloat16()
+    anchor.load_state_dict(saved, groups)
+    assert anchor.state_dict()["weights"]["0.0"].dtype == torch.float32
+
+
 def test_complex_parameters_keep_their_imaginary_part():
     theta = nn.Parameter(torch.full((2,), 1 + 2j))
     anchor = Anchor("init", dtype=torch.bfloat16)
