@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from gapaware import arguments, layout
 from gapaware.blocks import CHUNK
-from gapaware.controller import Controller
+from gapaware.controller import Controller, Decision, Observation
 from gapaware.law import drift_law
 from gapaware.modes import MODES, NAMES, Mode, resolve
 from gapaware.momentum import interval_for, memory_steps
@@ -128,6 +129,9 @@ def settle(
     arguments.integer("history_size", history_size, low=1, why="records kept in memory")
     arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
+    anchor = _anchor(anchor, mode, chosen, controller)
+    if controller is not None and anchor is None:
+        law = partial(_without_an_anchor, controller)
     if controller is None and chosen.law is drift_law and interval != "auto":
         _warn_of_a_short_window(window, steps, memory)
     return Settings(
@@ -140,7 +144,7 @@ def settle(
         max_scale=high,
         max_push=push,
         pull=chosen.first_pull if controller is None else 0.0,
-        anchor=_anchor(anchor, mode, chosen, controller),
+        anchor=anchor,
     )
 
 
@@ -172,6 +176,17 @@ def _check_controller(controller: Any, mode: str) -> None:
         )
 
 
+def _without_an_anchor(controller: Controller, observation: Observation) -> Decision | float:
+    """Ask a controller that cannot pull, so that no history tells of a pull that was none."""
+    answer = controller(observation)
+    if isinstance(answer, Decision) and answer.pull:
+        raise ValueError(
+            f"controller returned pull={answer.pull}: there is nothing to pull to; pass anchor='init', or "
+            "the weights themselves"
+        )
+    return answer
+
+
 def _anchor(
     anchor: str | Mapping[str, Tensor] | nn.Module | None,
     mode: str,
@@ -182,11 +197,9 @@ def _anchor(
         arguments.choice("anchor", anchor, ("init",))
     elif anchor is not None:
         anchor = arguments.state_dict("anchor", anchor)
-    if controller is not None:
-        return anchor
     if anchor is None:
         return "init" if chosen.first_pull else None
-    if not chosen.first_pull:
+    if controller is None and not chosen.first_pull:
         raise ValueError(
             f'anchor: mode="{mode}" pulls to nothing; pass mode="retain" or leave the anchor out'
         )

@@ -226,6 +226,36 @@ def test_a_controller_may_pull():
     assert ends[0.5] < 0.5 * ends[0.0]
 
 
+def test_a_controller_that_pulls_to_nothing_is_a_fault_and_no_history_tells_of_a_pull():
+    model, _ = model_and_start()
+    optimizer = GapAware(
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        interval=1,
+        controller=lambda seen: Decision(1.0, pull=0.5 if seen.step > 10 else 0.0),
+    )
+    train(model, optimizer, 8)
+    assert {record["decision"] for record in optimizer.history} == {"hold"}
+    with pytest.warns(
+        UserWarning, match=r"pull=0\.5: there is nothing to pull to; pass anchor='init'"
+    ):
+        train(model, optimizer, 10)
+    assert optimizer.history[-1]["decision"] == "fault"
+    assert not any("pull" in record for record in optimizer.history)
+
+
+def test_the_mode_retain_has_its_anchor_beside_a_controller_too():
+    model, start = model_and_start()
+    optimizer = GapAware(
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        mode="retain",
+        interval=1,
+        controller=lambda seen: Decision(1.0, pull=1.0),
+    )
+    train(model, optimizer, 10)
+    assert optimizer.history[-1]["pull"] == 1.0
+    assert all(value == 0 for value in way(model, start).values())
+
+
 @pytest.mark.parametrize("pull", [-0.1, 1.5, float("nan")])
 def test_a_pull_is_a_share(pull):
     model, _ = model_and_start()
