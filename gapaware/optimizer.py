@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from gapaware import arguments, layout
@@ -68,11 +68,12 @@ class GapAware(Evaluating):
             momentum is shorter; 0 does without. No limit for a controller of yours.
         average: whether `eval()` may put the average of the last weights into the model.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
-            the first step, or a state dict by parameter name, which needs a `base` made from
+            the first step, or a module or state dict by parameter name, which needs a `base` made from
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
             those of a group with `"anchor": False`. Costs a copy of the weights.
         anchor_device: where to keep that copy, such as "cpu"; None for the parameters' own device.
-        anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own.
+        anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. Both only where
+            there is an anchor.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
             (with `named_parameters()`) or tensor.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
@@ -127,7 +128,7 @@ class GapAware(Evaluating):
         max_push: float | None = None,
         average: bool = True,
         granularity: str = "global",
-        anchor: str | Mapping[str, Tensor] | None = None,
+        anchor: str | Mapping[str, Tensor] | nn.Module | None = None,
         anchor_device: torch.device | str | None = None,
         anchor_dtype: torch.dtype | None = None,
         controller: Controller | None = None,
@@ -152,6 +153,8 @@ class GapAware(Evaluating):
             max_push=max_push,
             granularity=granularity,
             anchor=anchor,
+            anchor_device=anchor_device,
+            anchor_dtype=anchor_dtype,
             controller=controller,
             history_size=history_size,
             seed=seed,

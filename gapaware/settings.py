@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gapaware import arguments, layout
@@ -62,6 +63,8 @@ def settle(
     max_push: float | None,
     granularity: str,
     anchor: str | Mapping[str, Tensor] | nn.Module | None,
+    anchor_device: torch.device | str | None,
+    anchor_dtype: torch.dtype | None,
     controller: Controller | None,
     history_size: int,
     seed: int,
@@ -76,7 +79,8 @@ def settle(
     Example:
         >>> settled = settle([{"betas": (0.9, 0.999)}], mode="retain", window=10, interval="auto",
         ...     sketch_dim=64, target=None, max_scale=None, min_scale=None, max_push=None,
-        ...     granularity="global", anchor=None, controller=None, history_size=1, seed=0)
+        ...     granularity="global", anchor=None, anchor_device=None, anchor_dtype=None,
+        ...     controller=None, history_size=1, seed=0)
         >>> settled.interval, settled.max_scale, settled.anchor
         (5, 1.0, 'init')
     """
@@ -130,6 +134,12 @@ def settle(
     arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
     anchor = _anchor(anchor, mode, chosen, controller)
+    for name, kept in (("anchor_device", anchor_device), ("anchor_dtype", anchor_dtype)):
+        if anchor is None and kept is not None:
+            raise ValueError(
+                f'{name}={kept!r}: mode="{mode}" keeps no starting weights; pass mode="retain", or leave '
+                "it out"
+            )
     if controller is not None and anchor is None:
         law = partial(_without_an_anchor, controller)
     if controller is None and chosen.law is drift_law and interval != "auto":

@@ -328,6 +328,13 @@ def test_where_and_how_it_cannot_be_kept_is_refused_at_once(argument, value, err
         GapAware(still(nn.Parameter(torch.ones(2))), mode="retain", **{argument: value})
 
 
+@pytest.mark.parametrize("given", [{"anchor_device": "cpu"}, {"anchor_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("mode", ["auto", "escape", "observe"])
+def test_how_to_keep_an_anchor_is_refused_where_there_is_none(mode, given):
+    with pytest.raises(ValueError, match='keeps no starting weights; pass mode="retain"'):
+        GapAware(still(nn.Parameter(torch.ones(2))), mode=mode, **given)
+
+
 def test_frozen_later_and_added_parameters():
     model, _ = model_and_start()
     optimizer = GapAware(torch.optim.SGD(model[0].parameters(), lr=0.05), mode="retain")
