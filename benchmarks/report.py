@@ -20,7 +20,7 @@ from benchmarks.statistics import (
     missed,
     summarize,
 )
-from benchmarks.suite import OTHERS, PLATEAUS, ROBUSTNESS, TASKS
+from benchmarks.suite import LOOKED_AT, OTHERS, PLATEAUS, ROBUSTNESS, TASKS
 
 ALONE, ORACLE = "base alone", "best lr of the sweep"
 
@@ -66,8 +66,10 @@ def groups() -> dict[str, tuple[str, ...]]:
     bases: dict[str, tuple[str, ...]] = {}
     for task in PLATEAUS:
         bases[task.base.__name__] = (*bases.get(task.base.__name__, ()), task.name)
+    held_out = tuple(task.name for task in PLATEAUS if not task.tuned_on)
     return {
-        "held out": tuple(task.name for task in PLATEAUS if not task.tuned_on),
+        "held out": held_out,
+        "held out, never looked at": tuple(name for name in held_out if name not in LOOKED_AT),
         "tuned on": tuple(task.name for task in PLATEAUS if task.tuned_on),
         **bases,
     }
@@ -136,11 +138,16 @@ def _plateaus(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
 
 def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
     lines = _head(
-        "against", "tasks", "their steps / GapAware's", "their CPU time / GapAware's", "fewer steps on",
+        "against", "tasks", "their steps / GapAware's", "as the base at worst",
+        "their CPU time / GapAware's", "fewer steps on",
         "p",         "runs that missed: theirs, GapAware's",
     )  # fmt: skip
+    alone = {comparison.task: comparison for comparison in found.get(ALONE, [])}
     for group, members in {"all": tuple(TASKS), **groups()}.items():
         for name, each in found.items():
+            at_worst = summarize(
+                [c.at_worst(alone[c.task]) for c in each if c.task in members and c.task in alone]
+            )
             summary = summarize([c for c in each if c.task in members])
             if summary is None:
                 continue
@@ -149,6 +156,7 @@ def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
                     name,
                     group,
                     _times(summary.ratio, summary.missed),
+                    f"{at_worst.ratio:.2f}" if at_worst else "-",
                     f"{summary.seconds_ratio:.2f}",
                     f"{summary.faster} of {summary.tasks}",
                     f"{summary.p:.1g}",

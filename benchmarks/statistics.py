@@ -83,6 +83,21 @@ class Comparison:
             sum(missed(ours) for _, ours in self.pairs),
         )
 
+    def at_worst(self, base: Comparison) -> Comparison:
+        """The same with the base's run in place of each of the rival's that took longer.
+
+        A rival whose sweep did not arrive in the base's own time may still be one that costs nothing.
+
+        Args:
+            base: against the base alone, on the same task.
+        """
+        alone = {row["seed"]: row for row, _ in base.pairs}
+        pairs = (
+            (min((rival, alone.get(ours["seed"], rival)), key=steps), ours)
+            for rival, ours in self.pairs
+        )
+        return Comparison(self.task, tuple(pairs))
+
 
 def compare(task: str, rivals: Iterable[Row], ours: Iterable[Row]) -> Comparison | None:
     """Pair rows of one task by their seeds; None where no seed has both."""

@@ -1,8 +1,9 @@
 """The tasks of the plateau benchmark, and what is asked of each.
 
-Defaults of the library were chosen on the tasks in `TUNED_ON`, on seeds 0 and 1, and 10 to 25, which are
+Defaults of the library were chosen on the tasks in `TUNED_ON`, on seeds 0 and 1, and on 10 to 25, which are
 in no table; every other task is held out, and so are the other seeds. The other modular tasks and those
-with `char-lm` in their names are relatives of what was chosen on.
+with `char-lm` in their names are relatives of what was chosen on. Of those held out `LOOKED_AT` were looked
+at once: a law was taken back when it was slower there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.tasks import (
     scan,
 )
 
+LOOKED_AT = frozenset({"char-lm-lr-30", "char-lm-lr-100"})
 TUNED_ON = frozenset(
     {
         "modular-add",

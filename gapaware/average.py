@@ -5,13 +5,13 @@ with Schedule-Free, `eval()` puts θ̄ into the model and `train()` puts θ back
 not decided here.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gapaware.caution import caution
 from gapaware.distributed import is_dtensor
 from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
 from gapaware.room import check_room
@@ -123,10 +123,9 @@ class Average:
                 self._other[place] = _copy(parameter)
         except (MemoryError, RuntimeError) as error:
             self._allowed, self._wanted, self._other = False, False, {}
-            warnings.warn(
+            caution(
                 f"GapAware keeps no average of the weights ({error}): eval() leaves them as they are, and "
-                "training goes on",
-                stacklevel=8,
+                "training goes on"
             )
 
     @torch.inference_mode(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always", RuntimeWarning)
             _report(arguments)
+            sys.stdout.flush()
         for warning in noticed:
             print(f"gapaware: {warning.message}", file=sys.stderr)
+    except BrokenPipeError:
+        # whoever reads, such as `head`, has enough; what is left to flush at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, ImportError) as error:
         print(f"gapaware: {error}", file=sys.stderr)
         if isinstance(error, ImportError):

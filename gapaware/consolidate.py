@@ -13,7 +13,6 @@ what is asked for, from new-task validation alone.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed import ProcessGroup
 
 from gapaware import arguments
-from gapaware.distributed import sharing
+from gapaware.caution import caution
+from gapaware.distributed import ranks_of, sharing
 from gapaware.line import AnchorWeights, Line
 
 Evaluate = Callable[[nn.Module], float | Tensor]
@@ -141,8 +141,7 @@ def consolidate(
         keep=keep, start_loss=start_loss, evaluations=evaluations, storage_device=storage_device
     )
     line = Line(model, anchor, fresh, storage_device)
-    ranks = () if process_group is None else tuple(get_process_group_ranks(process_group))
-    agreed = _agreed(line, ranks)
+    agreed = _agreed(line, ranks_of(process_group))
     tried: list[tuple[float, float]] = []
     with _bar(progress, evaluations) as tick, _modes_of(model), line:
 
@@ -168,10 +167,9 @@ def consolidate(
         gain = reference - end
         if not gain > 0 or not math.isfinite(end):
             line.go(1.0)
-            warnings.warn(
+            caution(
                 f"consolidate: the new-task loss is {end:.4g} with the trained weights and "
-                f"{reference:.4g} at the start: no gain to keep, the model stays as trained",
-                stacklevel=2,
+                f"{reference:.4g} at the start: no gain to keep, the model stays as trained"
             )
             return Consolidation(1.0, end, reference, end, math.nan, tuple(tried))
 

@@ -120,6 +120,27 @@ def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sha
     return Sharing(ranks, device_type, exact[0] if exact else None)
 
 
+def ranks_of(process_group: Any) -> tuple[int, ...]:
+    """The global ranks of what a person passes as `process_group`; none of None.
+
+    Raises:
+        TypeError: it is no process group.
+
+    Example:
+        >>> ranks_of("world")
+        Traceback (most recent call last):
+        TypeError: process_group='world': pass torch.distributed.group.WORLD, or a group from new_group()
+    """
+    if process_group is None:
+        return ()
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group={process_group!r}: pass torch.distributed.group.WORLD, or a group from "
+            "new_group()"
+        )
+    return tuple(dist.get_process_group_ranks(process_group))
+
+
 def is_dtensor(parameter: Tensor) -> "TypeGuard[DTensor]":
     """Whether a parameter is a DTensor."""
     # where nobody has imported the module there are none, and importing it takes half a second

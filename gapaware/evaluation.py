@@ -1,8 +1,8 @@
 """From the weights that are trained to their average and back, around an evaluation."""
 
-import warnings
 from contextlib import AbstractContextManager
 
+from gapaware.caution import caution
 from gapaware.places import Written
 from gapaware.state import Resumable
 
@@ -67,9 +67,8 @@ class Evaluating(Resumable):
     def _train_after_all(self) -> None:
         if self._average.exchanged and "train" not in self._warned:
             self._warned.add("train")
-            warnings.warn(
+            caution(
                 "step() after eval(): its gradient is that of the average of the weights; call train() on "
-                "the optimizer before the next step, as on the model (said once)",
-                stacklevel=6,
+                "the optimizer before the next step, as on the model (said once)"
             )
         self.train()

@@ -55,7 +55,9 @@ def between(start: Tensor, end: Tensor, share: float) -> Tensor:
         >>> between(torch.zeros(2), torch.tensor([1.0, 4.0]), 0.25)
         tensor([0.2500, 1.0000])
     """
-    wide = torch.promote_types(end.dtype, torch.float32)
+    # no promotion is defined for float8
+    one_byte = end.dtype.itemsize == 1
+    wide = torch.float32 if one_byte else torch.promote_types(end.dtype, torch.float32)
     far = end.to(wide)
     near = start.to(end.device, wide)
     moved = torch.lerp(near, far, share)

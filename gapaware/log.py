@@ -6,12 +6,13 @@ import errno
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
+
+from gapaware.caution import caution
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -39,12 +40,11 @@ class LogFile:
         except (OSError, ValueError) as error:
             self._failed = True
             self.close()
-            warnings.warn(
+            caution(
                 f"log_to={str(self.path)!r} cannot be written ({error}); training and "
                 "optimizer.history go on without the file. Pass a path that is writable, on a "
                 "disk with free space, and not taken by another kind of file",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def resume(self, after: float) -> None:
@@ -106,7 +106,8 @@ def read_log(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:
 
     Example:
         >>> import os, tempfile
-        >>> from gapaware.history import History
+        >>> from gapaware.caution import caution
+    from gapaware.history import History
         >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
         >>> History(log_to=path, header={"mode": "auto"}).append({"step": 5, "scale": 2.0})
         >>> header, records = read_log(path)
@@ -126,10 +127,9 @@ def read_log(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:
             elif raw.endswith(b"\n") and raw.strip():
                 damaged.append(number)
     if damaged:
-        warnings.warn(
+        caution(
             f"{path}: {len(damaged)} damaged line(s) left out, the first is line {damaged[0]}",
             RuntimeWarning,
-            stacklevel=2,
         )
     return header, records
 

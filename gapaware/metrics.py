@@ -23,12 +23,26 @@ class Means:
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
 
     def add(self, name: str, value: float | Tensor) -> None:
-        """Count one more value, a number or a tensor of one element."""
+        """Count one more value, a number or a tensor of one element.
+
+        Raises:
+            TypeError, ValueError: it is neither.
+        """
         if isinstance(value, Tensor):
+            if value.numel() != 1:
+                shape = tuple(value.shape)
+                raise ValueError(
+                    f"log({name}=tensor of shape {shape}): pass one, such as its mean()"
+                )
             # a copy, since losses are changed in place; float32, since some devices know no float64
             value = value.detach().reshape(()).to(torch.float32, copy=True)
         else:
-            value = float(value)
+            try:
+                value = float(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"log({name}={value!r}): pass a number or a tensor of one element"
+                ) from error
         if name in self._sums:
             total, count = self._sums[name]
             if isinstance(total, Tensor) and isinstance(value, Tensor):

@@ -1,7 +1,6 @@
 """GapAware: an optimizer around an optimizer, which watches the spectrum of its updates."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -9,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed import ProcessGroup
 
 from gapaware import arguments, layout
 from gapaware.anchor import Anchor
 from gapaware.average import Average
+from gapaware.caution import caution
 from gapaware.controller import Controller
 from gapaware.delegation import is_number
-from gapaware.distributed import Sharing, Unsupported, alone, is_first, sharing
+from gapaware.distributed import Sharing, Unsupported, alone, is_first, ranks_of, sharing
 from gapaware.dry_run import is_dry_run
 from gapaware.evaluation import Evaluating
 from gapaware.history import History
@@ -174,8 +174,9 @@ class GapAware(Evaluating):
         self._fresh = True
         self._midway = False
         self._next_snapshot = self._interval
-        replicas = () if process_group is None else tuple(get_process_group_ranks(process_group))
-        self._observer = Observer(settled.window, sketch_dim, granularity, seed, replicas)
+        self._observer = Observer(
+            settled.window, sketch_dim, granularity, seed, ranks_of(process_group)
+        )
         self._steering = Steering(
             settled.controller,
             low=settled.min_scale,
@@ -358,11 +359,10 @@ class GapAware(Evaluating):
         if last.get("risk", 0.0) <= limit:
             return
         self._warned.add("risk")
-        warnings.warn(
+        caution(
             f"risk of forgetting {last['risk']:.3g} at step {last['step']}, risk_limit={limit:g}: this far "
             "have the weights moved from the start (squared distance, relative). Where an old skill has to "
-            'stay, end training here, lower the learning rate, or use mode="retain" (said once)',
-            stacklevel=6,
+            'stay, end training here, lower the learning rate, or use mode="retain" (said once)'
         )
 
     # -- what a person sees ------------------------------------------------------------------------
@@ -442,8 +442,7 @@ class GapAware(Evaluating):
         kind = f"{doing}: {type(error).__name__}"
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(
+            caution(
                 f"GapAware took its factors off at step {self._steps}, training goes on as with "
-                f"{type(self.base).__name__} alone: {why} (said once; later ones are in history)",
-                stacklevel=4,
+                f"{type(self.base).__name__} alone: {why} (said once; later ones are in history)"
             )

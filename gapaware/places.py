@@ -73,7 +73,9 @@ class Written:
 
 def _stamp(parameter: Tensor) -> tuple[int, ...]:
     here = local(parameter.detach())
-    return parameter._version, here._version, here.data_ptr()
+    # others may have no storage of their own
+    where = here.data_ptr() if type(here) is Tensor else 0
+    return parameter._version, here._version, where
 
 
 def to_state(weights: Mapping[Place, Tensor]) -> dict[str, Tensor]:

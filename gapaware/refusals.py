@@ -38,6 +38,11 @@ def refuse_base(base: Any, granularity: str) -> None:
             f"base={type(base).__name__}: DeepSpeed partitions the parameters and does not tell which "
             "elements a partition holds; use torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
+    if type(base).__module__.startswith("accelerate."):
+        raise TypeError(
+            f"base={type(base).__name__}: skips the steps of gradient accumulation, which would be counted "
+            "here all the same; wrap first and prepare then: accelerator.prepare(GapAware(optimizer))"
+        )
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base={type(base).__name__}: not a torch.optim.Optimizer; pass one that is built, such "

@@ -1,6 +1,5 @@
 """What a person asks of GapAware: checked, and completed with what goes with the mode."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from gapaware import arguments, layout
 from gapaware.blocks import CHUNK
+from gapaware.caution import caution
 from gapaware.controller import Controller, Decision, Observation
 from gapaware.law import drift_law
 from gapaware.modes import MODES, NAMES, Mode, resolve
@@ -167,11 +167,10 @@ def _interval(interval: int | str, memory: int, *, close: bool) -> int:
 
 def _warn_of_a_short_window(window: int, interval: int, memory: int) -> None:
     if (window - 1) * interval < memory:
-        warnings.warn(
+        caution(
             f"interval={interval} with window={window}: the window is shorter than the {memory} "
             "steps that momentum remembers, so the built-in law will never act; pass "
-            f'interval="auto" or at least {-(-memory // (window - 1))}',
-            stacklevel=4,
+            f'interval="auto" or at least {-(-memory // (window - 1))}'
         )
 
 

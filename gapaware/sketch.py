@@ -18,7 +18,6 @@ Accumulation is in float32 for 64 chunks at a time and in float64 beyond, so a b
 error stays below about 1e-6 of its value, whatever the size of the model.
 """
 
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from gapaware.additions import Additions
 from gapaware.blocks import CHUNK, DEPTH, ONE_BLOCK, WIDTH, Stretch, Tally
+from gapaware.caution import caution
 from gapaware.hashing import buckets, sign_table
 from gapaware.transfer import send
 
@@ -267,7 +267,7 @@ def _compiled() -> "ModuleType | None":
         from gapaware import compiled  # imports Numba, which takes a while
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        warnings.warn(f"Numba does not work here, so snapshots are slower: {why}", stacklevel=2)
+        caution(f"Numba does not work here, so snapshots are slower: {why}")
         return None
     return compiled
 

@@ -1,6 +1,5 @@
 """What GapAware knows, saved beside the wrapped optimizer's state and restored as a whole or not at all."""
 
-import warnings
 from copy import copy
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from gapaware import arguments
 from gapaware.anchor import Anchor
 from gapaware.average import Average
+from gapaware.caution import caution
 from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
@@ -110,8 +110,12 @@ class Resumable(Wrapper):
         theirs = {key: value for key, value in state_dict.items() if key != "gapaware"}
         ours = state_dict.get("gapaware", self._entrusted)
         restored = None if ours is None else self._restored(ours)
+        anchored = [group.get("anchor") for group in self.base.param_groups]
         with all_or_nothing(self.base):
             self.base.load_state_dict(theirs)
+        for group, ours_alone in zip(self.base.param_groups, anchored, strict=True):
+            if ours_alone is not None:  # plain checkpoints know nothing of it
+                group.setdefault("anchor", ours_alone)
         self.history.close()
         if restored is None:
             self._restart()
@@ -164,10 +168,9 @@ class Resumable(Wrapper):
                 if not all(0 <= group < groups for group in observer.row_groups):
                     raise ValueError(f"rows of parameter groups {observer.row_groups}, of {groups}")
             else:
-                warnings.warn(
+                caution(
                     f"the state was saved with {ours['observer']['settings']}, this GapAware has "
-                    f"{settings}: factors are kept, the window starts empty",
-                    stacklevel=5,
+                    f"{settings}: factors are kept, the window starts empty"
                 )
             return {
                 "_observer": observer,

@@ -401,3 +401,17 @@ def test_a_fault_in_the_pull_never_costs_the_run(monkeypatch):
     alone, _ = model_and_start()
     train(alone, torch.optim.SGD(alone.parameters(), lr=0.05), 20)
     assert all(map(torch.equal, model.parameters(), alone.parameters()))
+
+
+def test_a_plain_checkpoint_leaves_a_new_head_alone():
+    model, _ = model_and_start()
+
+    def base(**head):
+        body = {"params": list(model[0].named_parameters())}
+        return torch.optim.AdamW([body, {"params": list(model[2].named_parameters()), **head}])
+
+    plain = base()
+    train(model, plain, 2)
+    optimizer = GapAware(base(anchor=False), mode="retain")
+    optimizer.load_state_dict(plain.state_dict())
+    assert [group.get("anchor") for group in optimizer.param_groups] == [None, False]

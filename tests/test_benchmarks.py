@@ -329,6 +329,16 @@ def test_p_is_small_only_where_we_are_faster():
     assert math.isnan(compare("parity", slow, slow).p)
 
 
+def test_a_rival_at_worst_is_the_base():
+    alone = compare(
+        "parity", [row(seed=s, reached=200) for s in (0, 1)], [row(seed=0), row(seed=1)]
+    )
+    rivals = [row(seed=0, reached=None), row(seed=1, reached=50)]
+    rival = compare("parity", rivals, [row(seed=0), row(seed=1)])
+    assert rival.ratio == pytest.approx((10 * 0.5) ** 0.5)
+    assert rival.at_worst(alone).ratio == pytest.approx((2 * 0.5) ** 0.5)
+
+
 def test_summary_counts_each_task_once():
     def task(name, ratio, seeds):
         rivals = [row(seed=s, reached=100 * ratio) for s in range(seeds)]

@@ -292,6 +292,11 @@ def test_between_rounds_once(dtype):
     assert torch.equal(between(start, end, 0.0), start)
 
 
+def test_between_of_a_dtype_that_promotes_to_nothing():
+    start, end = (torch.tensor(x).to(torch.float8_e4m3fn) for x in ([0.0, 1.0], [2.0, 1.0]))
+    assert between(start, end, 0.5).float().tolist() == [1.0, 1.0]
+
+
 def test_only_what_moved_is_copied_once():
     model, anchor = trained()
     anchor["0.weight"] = model[0].weight.detach().clone()

@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -886,6 +887,46 @@ def test_blocks_are_refused_where_groups_cannot_be_divided(base):
     with pytest.raises(ValueError, match="pass granularity='group'"):
         GapAware(base(parameters()), granularity="block")
     GapAware(base(parameters()), granularity="group")
+
+
+def test_one_that_accelerate_has_prepared_is_refused():
+    accelerate_optimizer = pytest.importorskip("accelerate.optimizer")
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    prepared = accelerate_optimizer.AcceleratedOptimizer(torch.optim.SGD(parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"accelerator\.prepare\(GapAware"):
+        GapAware(prepared)
+
+
+def test_an_optimizer_whose_step_takes_no_closure():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            return super().step()
+
+    alone, mine = parameters(), parameters()
+    optimizers = Plain(alone, lr=0.1), wrap(Plain(mine, lr=0.1))
+    for optimizer, held in zip(optimizers, (alone, mine), strict=True):
+        for _ in range(8):
+            for p in held:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    assert all(map(torch.equal, alone, mine))
+
+
+def test_a_fault_is_warned_of_where_a_person_steps():
+    def broken(observation):
+        raise RuntimeError("no")
+
+    optimizer = wrap(torch.optim.SGD(parameters(), lr=0.1), controller=broken)
+    torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)  # which wraps step() once more
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            optimizer.step()
+    assert "took its factors off" in str(caught[0].message)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 class Lookahead(torch.optim.Optimizer):

@@ -19,6 +19,20 @@ def test_means_of_numbers_and_tensors():
     assert means.take() == {}
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, r"log\(loss=None\): pass a number"),
+        ("low", TypeError, r"log\(loss='low'\): pass a number"),
+        (torch.ones(3), ValueError, r"log\(loss=tensor of shape \(3,\)\): pass one"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(value, error, message):
+    optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    with pytest.raises(error, match=message):
+        optimizer.log(loss=value)
+
+
 def test_a_loss_that_is_changed_in_place_afterwards_counts_as_it_was():
     means, loss = Means(), torch.tensor(2.0)
     means.add("loss", loss)

@@ -435,3 +435,13 @@ def test_module_runs_as_a_command():
     )
     assert done.returncode == 0
     assert done.stdout.startswith("gapaware ")
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    log = tmp_path / "run.jsonl"
+    write_log(log, a_run())
+    command = [sys.executable, "-m", "gapaware", "report", "--json", str(log)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
