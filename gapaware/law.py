@@ -76,7 +76,7 @@ def drift_law(observation: Observation) -> Decision:
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
-        f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls
+        f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls or with a pull
         f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
@@ -237,6 +237,9 @@ def _wanted(
         factor, why = fast, "coherent motion, grow fast"
     if factor < 1 and trend.falls:
         factor, why = 1.0, "the loss falls, hold"
+    if factor < 1 and observation.pull:
+        # weights that follow the balance of gradient and pull drift no further, and still learn
+        factor, why = 1.0, "little drift under the pull, hold"
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
     if _unbounded(observation) and trend.plunges:

@@ -106,8 +106,7 @@ def read_log(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:
 
     Example:
         >>> import os, tempfile
-        >>> from gapaware.caution import caution
-    from gapaware.history import History
+        >>> from gapaware.history import History
         >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
         >>> History(log_to=path, header={"mode": "auto"}).append({"step": 5, "scale": 2.0})
         >>> header, records = read_log(path)
