@@ -337,6 +337,19 @@ def test_a_loss_that_stands_still_lets_noise_grow():
     assert drift_law(observe(updates(0.0), loss=2.3, memory=cooling)).scale == 1.0
 
 
+def test_under_a_pull_little_drift_takes_nothing_away():
+    """Fine-tuning follows the balance of gradient and pull, where drift ends and learning does not."""
+    assert drift_law(observe(updates(0.0), scale=8.0)).scale < 8.0
+    held = drift_law(observe(updates(0.0), scale=8.0, pull=0.005))
+    assert held.scale == 8.0
+    assert "under the pull" in held.why
+    # a loss that rises does, as ever
+    rising = trend(*np.linspace(0.5, 0.9, 30))
+    assert (
+        drift_law(observe(updates(0.0), scale=8.0, pull=0.005, loss=0.9, memory=rising)).scale < 8.0
+    )
+
+
 def test_as_long_as_nothing_was_gained_the_factor_leaps():
     """Parity: a loss at log 2 from the first step on, and updates that show nothing."""
     unmoved = trend(*(0.69 + NOISE))
