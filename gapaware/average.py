@@ -166,9 +166,12 @@ class Average:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, or while the model has it the weights that are trained, by group and place."""
+        """The average, or where the model has it the weights that are trained, by group and place."""
+        kept = self._other
+        if self.evaluating:
+            kept = {place: trained for place, trained in kept.items() if place in self._inside}
         return {
-            "weights": to_state(self._other),
+            "weights": to_state(kept),
             "evaluating": self.evaluating,
             "wanted": self._wanted,
         }

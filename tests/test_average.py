@@ -253,8 +253,13 @@ def test_an_exchange_that_is_cut_off_can_be_gone_on_with(cut_off_in, monkeypatch
             getattr(optimizer, cut_off_in)()
     mixed = [torch.equal(a, b) for a, b in zip(trained, model.parameters(), strict=True)]
     assert sorted(mixed) == [False, False, True, True]
-    optimizer.train()
-    assert equal(model.parameters(), trained)
+    other = network(seed=1)
+    other.load_state_dict(model.state_dict())
+    resumed = averaged(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for restored, weights_there in ((optimizer, model), (resumed, other)):
+        restored.train()
+        assert equal(weights_there.parameters(), trained)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
