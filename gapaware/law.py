@@ -41,10 +41,11 @@ LEAP = 2.0
 PATIENCE = 100
 RETURN = 0.9
 BRAKE = 0.8
+DESCENT = 1.12
 # what holds growth
 QUIET = 3.0
 ANNEALED = 0.5
-STRIDE = 0.15
+STRIDE, FIRST_STRIDE = 0.15, 0.5
 # where nothing happens: windows of it until snapshots are further apart, and by how much
 REST, RESTING = 4, 2
 # after a spike
@@ -88,12 +89,14 @@ def drift_law(observation: Observation) -> Decision:
 
     Only coherence and leaps act before the window is full and the run has lasted for W + 1 such thirds. f
     does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back as
-    momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm; and it
-    stays once the schedule has come down below half of its peak.
+    momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by half
+    of it while the loss is where the run began and every update goes the same way; and it stays once the
+    schedule has come down below half of its peak.
 
-    Where the loss falls by more than 10 % a snapshot the plateau is behind. If neither weight decay nor a
-    pull takes back what larger steps add to the weights, f comes down, to 4/5 each time, so that the run
-    ends near the solution that it would have found alone.
+    Where neither weight decay nor a pull takes back what larger steps add to the weights, the way down from
+    the plateau is taken with care, so that the run ends near the solution that it would have found alone:
+    where the loss falls by more than 10 % a snapshot f comes down, to 4/5 each time, and once it is 40 %
+    below where the run began f grows by 12 % a third at most.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
@@ -145,7 +148,8 @@ def _decide(observation: Observation) -> Decision:
     memory["lengthened"] = lengthened
     hurry = trend.close and not lengthened and not observation.pull
     factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
-    limit = _limit(observation)
+    certain = trend.unmoved and motion.coherence > COHERENT
+    limit = _limit(observation, FIRST_STRIDE if certain else STRIDE)
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
     if factor > limit:
@@ -235,6 +239,8 @@ def _wanted(
     fast = _fast(motion.coherence, hurry=hurry) ** thirds
     if motion.coherence > COHERENT and fast > factor:
         factor, why = fast, "coherent motion, grow fast"
+    if trend.behind and _unbounded(observation):
+        factor = min(factor, DESCENT**thirds)
     if factor < 1 and trend.falls:
         factor, why = 1.0, "the loss falls, hold"
     if factor < 1 and observation.pull:
@@ -306,13 +312,13 @@ def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
     return factor, why
 
 
-def _limit(observation: Observation) -> float:
-    """The factor on f at which a step without a push moves the weights by 15 % of their norm."""
+def _limit(observation: Observation, stride: float) -> float:
+    """The factor on f at which a step without a push moves the weights by this share of their norm."""
     step = float(np.sqrt(observation.gram[-1, -1]) / observation.spans[-1])
     # the push in force during the newest update is the one before today's
     step /= 1 + float(observation.memory.get("push", 0.0))
     factor_then = float(observation.scales[-1])
-    return STRIDE * observation.weight_norm / step * factor_then / observation.scale
+    return stride * observation.weight_norm / step * factor_then / observation.scale
 
 
 def _push(observation: Observation, motion: _Motion, scale: float) -> float:
@@ -322,7 +328,7 @@ def _push(observation: Observation, motion: _Motion, scale: float) -> float:
     as_large = raised > 1 and raised >= 0.99 * observation.max_scale
     if observation.pull or not as_large or motion.a > QUIET or motion.coherence < PUSHED_TO:
         return 0.0
-    room = _limit(observation) * observation.scale / scale - 1
+    room = _limit(observation, STRIDE) * observation.scale / scale - 1
     push = observation.push
     if motion.coherence > PUSHED_FROM:
         push += observation.max_push * _thirds(observation)

@@ -122,6 +122,14 @@ class Trend:
         return abs(newest - self.means[0]) < CLOSE * abs(self.means[0])
 
     @property
+    def behind(self) -> bool:
+        """Whether the newest losses are more than 40 % below where the run began: the plateau is left."""
+        if not self.means:
+            return False
+        newest = fmean(self.recent[-NEWEST:])
+        return self.means[0] - newest > CLOSE * abs(self.means[0])
+
+    @property
     def lifted(self) -> bool:
         """Whether it is there or up to 6 % above: nothing to lose."""
         change, error = self._since_the_start()

@@ -11,7 +11,9 @@ from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
     BRAKE,
     COHERENT_LEAP,
+    DESCENT,
     DRIFT_TARGET,
+    FIRST_STRIDE,
     GROWTH,
     LEAP,
     MOMENTUM_EXPONENT,
@@ -310,6 +312,25 @@ def test_a_step_moves_the_weights_by_a_share_of_their_norm_at_most():
     assert "as large as the weights allow" in taken_down.why
 
 
+def test_a_step_may_be_longer_while_nothing_was_gained():
+    """A small initialization: its step is a large share of the norm, and the loss has not moved."""
+    x = updates(2.0)
+    step = np.linalg.norm(x[-1]) / SPAN
+    weights = {"weight_norm": 1.05 * step / FIRST_STRIDE, "loss": 0.5}
+    unmoved = drift_law(observe(x, scale=2.0, memory=trend(*[0.5] * 20), **weights))
+    assert unmoved.scale == pytest.approx(2.1)
+    assert "as large as the weights allow" in unmoved.why
+    fallen = trend(*np.linspace(0.6, 0.5, 20))
+    moved = drift_law(observe(x, scale=2.0, memory=fallen, **weights))
+    assert moved.scale == pytest.approx(2.1 * STRIDE / FIRST_STRIDE)
+    # but not where it is noise that moves them
+    noise = updates(0.0)
+    step = np.linalg.norm(noise[-1]) / SPAN
+    weights = {"weight_norm": 0.75 * step / STRIDE, "loss": 0.5}
+    wandering = drift_law(observe(noise, scale=2.0, memory=trend(*[0.5] * 20), **weights))
+    assert wandering.scale == pytest.approx(1.5)
+
+
 def trend(*losses):
     seen = Trend()
     for loss in losses:
@@ -484,12 +505,17 @@ def test_a_loss_that_falls_fast_takes_a_factor_down_where_nothing_takes_weights_
         more = {"decay_gram": decay_gram, "pull": pull}
         left = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, **more))
         assert left.scale > 8, more
-    # by 8 % a snapshot it may go on growing, and so where a fall may be noise
+    # by 8 % a snapshot it may go on growing, slowly, and so where a fall may be noise
     slowly = trend(*(2.3 * 0.92 ** np.arange(40)))
     loss = 2.3 * 0.92**40
-    assert (
-        drift_law(observe(moving, scale=8.0, loss=loss, memory=slowly, decay_gram=none)).scale > 8
-    )
+    grown = drift_law(observe(moving, scale=8.0, loss=loss, memory=slowly, decay_gram=none))
+    assert grown.scale == pytest.approx(8.0 * DESCENT)
+    bounded = drift_law(observe(moving, scale=8.0, loss=loss, memory=slowly, decay_gram=some))
+    assert bounded.scale > 8.0 * GROWTH
+    # nor is it slow as long as the plateau may still go on
+    near = trend(*np.linspace(2.3, 1.5, 40))
+    early = drift_law(observe(moving, scale=8.0, loss=1.5, memory=near, decay_gram=none))
+    assert early.scale > 8.0 * GROWTH
     noisy = trend(*np.tile([2.0, 1.7], 20), 2.0)
     assert drift_law(observe(moving, scale=8.0, loss=1.7, memory=noisy, decay_gram=none)).scale > 8
 
