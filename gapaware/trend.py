@@ -6,7 +6,7 @@ are in units of its own standard error, or relative to its mean.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, nan, sqrt
 from statistics import fmean
 from typing import Any
 
@@ -116,18 +116,12 @@ class Trend:
     @property
     def close(self) -> bool:
         """Whether the newest losses are within 40 % of where the run began: little to lose."""
-        if not self.means:
-            return False
-        newest = fmean(self.recent[-NEWEST:])
-        return abs(newest - self.means[0]) < CLOSE * abs(self.means[0])
+        return abs(self._so_far()) < CLOSE
 
     @property
     def behind(self) -> bool:
         """Whether the newest losses are more than 40 % below where the run began: the plateau is left."""
-        if not self.means:
-            return False
-        newest = fmean(self.recent[-NEWEST:])
-        return self.means[0] - newest > CLOSE * abs(self.means[0])
+        return self._so_far() < -CLOSE
 
     @property
     def lifted(self) -> bool:
@@ -140,6 +134,12 @@ class Trend:
         """Whether it is more than 6 % above where the run began."""
         change, error = self._since_the_start()
         return change - error > -FLAT and change + error >= LIFT
+
+    def _so_far(self) -> float:
+        """Relative change from the first losses to the newest; NaN, above and below nothing, without them."""
+        if not self.means or self.means[0] == 0:
+            return nan
+        return (fmean(self.recent[-NEWEST:]) - self.means[0]) / abs(self.means[0])
 
     def _since_the_start(self) -> tuple[float, float]:
         """Relative change from the first half of the run to the newest losses, and its error."""
