@@ -136,7 +136,7 @@ class Trend:
         return change - error > -FLAT and change + error >= LIFT
 
     def _so_far(self) -> float:
-        """Relative change from the first losses to the newest; NaN, above and below nothing, without them."""
+        """Relative change from the first losses to the newest; NaN where there are none."""
         if not self.means or self.means[0] == 0:
             return nan
         return (fmean(self.recent[-NEWEST:]) - self.means[0]) / abs(self.means[0])
