@@ -258,7 +258,7 @@ def _wanted(
         return _on_the_first_plateau(trend, leap, factor, why)
     if trend.lost and explored and observation.scale > 1:
         if trend.recovers:
-            return min(factor, 1.0), "the loss comes back to where it began, hold"
+            return 1.0, "the loss comes back to where it began, hold"
         return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
