@@ -462,6 +462,12 @@ def test_too_far_up_from_the_first_plateau_it_comes_back_and_may_leap_half_as_fa
     held = drift_law(observe(updates(0.4), scale=6.0, loss=0.79, memory={**recovering, **known}))
     assert held.scale == 6.0
     assert "comes back" in held.why
+    # nor does noise, in which no drift is seen, take it further
+    noise = updates(0.0)
+    assert drift_law(observe(noise, scale=6.0)).scale < 6.0
+    assert (
+        drift_law(observe(noise, scale=6.0, loss=0.79, memory={**recovering, **known})).scale == 6.0
+    )
     # below the peak, though not for the last six
     below = trend(*(0.69 + NOISE), *np.linspace(0.95, 0.83, 6), 0.8, 0.82, 0.78, 0.81, 0.79)
     assert Trend.from_memory(below["trend"]).after(0.8).recovers
