@@ -8,7 +8,9 @@ rate of a language model is ten times too small, 0.04 where it is tuned, 0 where
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gapaware.momentum import TIME_CONSTANTS
 from gapaware.spectrum import Array
 
 
@@ -17,6 +19,11 @@ class Drift(NamedTuple):
 
     mean: float
     doubt: float
+
+    @property
+    def certain(self) -> float:
+        """What is left of the mean with one deviation less."""
+        return self.mean - self.doubt
 
 
 def per_learning_rate(gram: Array, distances: Array) -> Array:
@@ -35,13 +42,15 @@ def per_learning_rate(gram: Array, distances: Array) -> Array:
     return np.asarray(gram * np.outer(weight, weight))
 
 
-def drift(gram: Array, spans: Array, memory: int) -> Drift | None:
+def drift(gram: Array, spans: Array, memory: int, soonest: float = 1.0) -> Drift | None:
     """Mean and deviation of the cosines of updates that begin at least `memory` steps apart.
 
     Args:
         gram: inner products of updates, the oldest first, (n, n), none of them zero.
         spans: optimizer steps in each, (n,).
         memory: optimizer steps after which momentum has forgotten.
+        soonest: share of the memory that is enough where no two updates are farther apart. From their
+            cosines goes what momentum alone makes alike.
 
     Returns:
         None if no two updates are that far apart.
@@ -52,10 +61,11 @@ def drift(gram: Array, spans: Array, memory: int) -> Drift | None:
     """
     length = np.sqrt(np.diag(gram))
     start = np.cumsum(spans) - spans
-    apart = start[None, :] - start[:, None] >= memory
+    lags = start[None, :] - start[:, None]
+    apart = _far(lags, memory, soonest)
     if not apart.any():
         return None
-    cosines = (gram / np.outer(length, length))[apart]
+    cosines = _beyond_momentum((gram / np.outer(length, length))[apart], lags[apart], memory)
     return Drift(float(cosines.mean()), float(cosines.std()))
 
 
@@ -73,13 +83,14 @@ class Newest(NamedTuple):
     alignment: float
 
 
-def newest(gram: Array, spans: Array, memory: int) -> Newest:
+def newest(gram: Array, spans: Array, memory: int, soonest: float = 1.0) -> Newest:
     """Compare the newest update with the older ones: does it lengthen, and does it turn?
 
     Args:
         gram: inner products of updates, the oldest first, (n, n) with n >= 2, none of them zero.
         spans: optimizer steps in each, (n,).
-        memory: optimizer steps after which momentum has forgotten; the oldest begins that long before.
+        memory: optimizer steps after which momentum has forgotten.
+        soonest: see `drift`; the oldest begins at least that long before the newest.
 
     Example:
         >>> newest(np.array([[1.0, 0.0], [0.0, 4.0]]), np.array([5.0, 5.0]), memory=5)
@@ -87,10 +98,28 @@ def newest(gram: Array, spans: Array, memory: int) -> Newest:
     """
     length = np.sqrt(np.diag(gram))
     start = np.cumsum(spans) - spans
-    far = start[-1] - start >= memory
+    lags = start[-1] - start
+    far = _far(lags, memory, soonest)
+    cosines = _beyond_momentum((gram[-1] / (length[-1] * length))[far], lags[far], memory)
     so_far = np.sqrt(max(gram[:-1, :-1].sum(), np.finfo(float).tiny))
     return Newest(
         growth=float(length[-1] / np.median(length[:-1])),
-        persistence=float((gram[-1] / (length[-1] * length))[far].mean()),
+        persistence=float(cosines.mean()),
         alignment=float(gram[-1, :-1].sum() / (length[-1] * so_far)),
     )
+
+
+def _far(lags: Array, memory: int, soonest: float) -> NDArray[np.bool_]:
+    """Which lags are beyond the momentum's memory or, while none is, beyond a share of it."""
+    return np.asarray(lags >= (memory if lags.max() >= memory else soonest * memory))
+
+
+def _beyond_momentum(cosines: Array, lags: Array, memory: int) -> Array:
+    """Cosines less what momentum makes of noise within its memory: 1 stays 1, noise alone becomes 0.
+
+    Updates that lie k steps apart share β^k of their noise; as much of it as is left after the whole memory
+    passes for forgotten.
+    """
+    left = np.exp(-TIME_CONSTANTS)
+    noise = np.maximum((np.exp(-TIME_CONSTANTS * lags / memory) - left) / (1 - left), 0)
+    return np.asarray((cosines - noise) / (1 - noise))

@@ -21,6 +21,7 @@ LONG_MEMORY = 15
 FASTEST_PACE = 2.0
 # by drift
 GAIN = 0.1
+EARLY = 0.25
 GROWTH = 1.16
 SHRINKAGE = 0.9
 LEAST_DRIFT = 0.2
@@ -29,7 +30,8 @@ SPAN = 3
 # by coherence
 COHERENT = 0.5
 LEAST_COHERENT_GROWTH = 1.3
-FEWEST_UPDATES = 6
+# how soon: updates, share of the momentum's memory between them; with a pull
+SOONEST, SOONEST_PULLED = (4, 1 / 3), (6, 1.0)
 # where little can be lost
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
@@ -55,7 +57,7 @@ SETBACK = 0.5
 RECOVERY = 0.03
 # beside the factor on the learning rate
 MOMENTUM_EXPONENT = -1 / 6
-PUSHED_FROM, PUSHED_TO = 0.3, 0.2
+PUSHED_AT, PUSHED_FROM, PUSHED_TO = 0.5, 0.1, 0.0
 WANDERING = 0.1
 
 
@@ -87,8 +89,12 @@ def drift_law(observation: Observation) -> Decision:
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
     weights nothing leaps.
 
-    Only coherence and leaps act before the window is full and the run has lasted for W + 1 such thirds. f
-    does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back as
+    Before the window is full and the run has lasted for W + 1 such thirds only coherence and leaps act and,
+    where f would grow sixfold if motion were coherent, growth by drift if c − s > 1/4, which is more than
+    momentum leaves of noise: from four updates on, the first and the last a third of the momentum's memory
+    apart, less what momentum alone makes alike; with a pull, from six on and a whole memory apart.
+
+    f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far as
     momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by half
     of it while the loss is where the run began and every update goes the same way; and it stays once the
     schedule has come down below half of its peak.
@@ -102,8 +108,8 @@ def drift_law(observation: Observation) -> Decision:
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
 
-    Where f has been as large as it may be for half a window and q > 0.3, the weights are pushed along their
-    recent steps, ever more up to `max_push` and until q < 0.2 or a > 3. As the push grows Adam's momentum
+    Where f has been above half of `max_scale` for half a window and q > 0.1, the weights are pushed along
+    their recent steps, ever more up to `max_push` and until q < 0. As the push grows Adam's momentum
     comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
 
     Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is
@@ -206,7 +212,7 @@ class _Motion:
     def coherence(self) -> float:
         """The least of certain drift, persistence and alignment: how far every update goes the same way."""
         seen, last = self.drift, self.newest
-        return min(seen.mean - seen.doubt, last.persistence, last.alignment)
+        return min(seen.certain, last.persistence, last.alignment)
 
 
 def _motion(observation: Observation) -> tuple[_Motion | None, str]:
@@ -216,16 +222,18 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
     updates = observation.window + 1
     # close snapshots at first fill a window before it spans enough
     full = len(moved) >= updates and SPAN * observation.step >= updates * _unit(observation)
-    if not moved.all() or len(moved) < min(FEWEST_UPDATES, updates):
+    # with a pull there is something to lose from the first step on
+    fewest, soonest = SOONEST_PULLED if observation.pull else SOONEST
+    if not moved.all() or len(moved) < min(fewest, updates):
         return None, "the window is filling"
     gram, spans = per_learning_rate(observation.gram, distances), observation.spans
     memory, first = observation.momentum_memory, 1 if full else 0
-    seen = drift(gram[first:, first:], spans[first:], memory)
+    seen = drift(gram[first:, first:], spans[first:], memory, 1.0 if full else soonest)
     if seen is None:
         short = f"the window is shorter than momentum's {memory} steps"
         return None, short if full else "the window is filling"
     a = adiabaticity(gram) if full else 0.0
-    return _Motion(full, seen, newest(gram, spans, memory), a), ""
+    return _Motion(full, seen, newest(gram, spans, memory, soonest), a), ""
 
 
 def _wanted(
@@ -234,7 +242,7 @@ def _wanted(
     """The factor on f that drift, coherence and loss ask for."""
     thirds = _thirds(observation)
     factor, why = 1.0, "the window is filling"
-    if motion.full:
+    if motion.full or (hurry and motion.drift.certain > EARLY):
         factor, why = _by_drift(observation, motion.drift)
     fast = _fast(motion.coherence, hurry=hurry) ** thirds
     if motion.coherence > COHERENT and fast > factor:
@@ -297,9 +305,9 @@ def _exploration(observation: Observation, trend: Trend) -> dict[str, float | bo
 
 
 def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
-    thirds, certain = _thirds(observation), seen.mean - seen.doubt
-    if certain > observation.target:
-        factor = min((certain / observation.target) ** GAIN, GROWTH) ** thirds
+    thirds = _thirds(observation)
+    if seen.certain > observation.target:
+        factor = min((seen.certain / observation.target) ** GAIN, GROWTH) ** thirds
         # a window sees late what a factor does
         room = WINDOW_GROWTH * _pace(observation) * float(observation.scales[1]) / observation.scale
         return max(1.0, min(factor, room)), "steady drift, grow"
@@ -307,7 +315,7 @@ def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
     if seen.mean < observation.target:
         factor = max(seen.mean / observation.target, LEAST_DRIFT) ** (GAIN * thirds)
         why = "little drift, shrink"
-    if certain < 0:
+    if seen.certain < 0:
         factor, why = min(factor, SHRINKAGE**thirds), "drift not above noise, shrink"
     return factor, why
 
@@ -325,8 +333,8 @@ def _push(observation: Observation, motion: _Motion, scale: float) -> float:
     """The push along the recent steps, for where a larger learning rate is no way to go on."""
     # for half a window: second moments lag behind a factor that leaps
     raised = min(scale, float(observation.scales[len(observation.scales) // 2]))
-    as_large = raised > 1 and raised >= 0.99 * observation.max_scale
-    if observation.pull or not as_large or motion.a > QUIET or motion.coherence < PUSHED_TO:
+    as_large = raised > 1 and raised >= PUSHED_AT * observation.max_scale
+    if observation.pull or not as_large or motion.coherence < PUSHED_TO:
         return 0.0
     room = _limit(observation, STRIDE) * observation.scale / scale - 1
     push = observation.push
