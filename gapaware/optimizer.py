@@ -49,9 +49,9 @@ class GapAware(Evaluating):
             where an `anchor` is given and "escape" otherwise; "observe", never touches anything.
         window: W, number of updates in a spectrum.
         interval: optimizer steps between snapshots. "auto" is a third of the steps that the wrapped
-            optimizer's momentum remembers (5 for AdamW), unless the controller chooses: with
-            mode="escape" snapshots are closer in the first two memories (every 2nd of 30 steps for AdamW),
-            and half as many where the factor has stayed at 1 for four windows.
+            optimizer's momentum remembers (5 for AdamW), unless the controller chooses: where the built-in
+            law may raise the factor snapshots are closer in the first two memories (every 2nd of 30 steps
+            for AdamW), and half as many where it has stayed at 1 for four windows.
         sketch_dim: length of the sketch of a parameter group (or block); more than four of them share the
             length of four, with 1024 each at least. The relative error of a singular value is about
             √(1/(2·sketch_dim)). None computes with the exact updates, which takes

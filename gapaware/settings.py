@@ -15,6 +15,7 @@ from gapaware.controller import Controller, Decision, Observation
 from gapaware.law import drift_law
 from gapaware.modes import MODES, NAMES, Mode, resolve
 from gapaware.momentum import interval_for, memory_steps
+from gapaware.retain_law import retain_law
 from gapaware.spectrum import MIN_UPDATES
 
 # a controller of the user's is not held to what the built-in laws may do
@@ -94,7 +95,6 @@ def settle(
     )
     law = controller or chosen.law
     memory = memory_steps(param_groups)
-    steps = _interval(interval, memory, close=law is drift_law)
     if sketch_dim is not None:
         arguments.integer(
             "sketch_dim",
@@ -115,6 +115,9 @@ def settle(
         high=1.0 if chosen.law is None else float("inf"),
         why=f'the largest factor on the learning rate with mode="{mode}"',
     )
+    # where a built-in law may raise the factor, it should soon
+    close = law is drift_law or (law is retain_law and high > 1)
+    steps = _interval(interval, memory, close=close)
     lowest = 1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER
     low = arguments.positive(
         "min_scale",

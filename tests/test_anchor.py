@@ -42,6 +42,25 @@ def still(p):
     return torch.optim.SGD([p] if isinstance(p, nn.Parameter) else p, lr=0.0)
 
 
+@pytest.mark.parametrize(
+    ("max_scale", "intervals"), [(None, [5, 5, 5]), (1.0, [5, 5, 5]), (64.0, [2, 2, 5])]
+)
+def test_snapshots_are_closer_at_first_where_the_learning_rate_may_grow(max_scale, intervals):
+    """So that the first pull, which lasts until there is a spectrum, does not last for a whole window."""
+    theta = torch.nn.Parameter(torch.ones(100))
+    base = torch.optim.AdamW([theta], lr=1e-3)
+    optimizer = GapAware(base, mode="retain", max_scale=max_scale)
+    seen = []
+    for step in range(60):
+        if step in (0, 12, 40):
+            seen.append(optimizer.interval)
+        theta.grad = torch.randn(100, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert seen == intervals
+    first = next(record for record in optimizer.history if record["spectrum"])
+    assert first["step"] == 4 * intervals[0]
+
+
 def test_the_pull_by_hand():
     """θ ← θ + ρ (θ_0 − θ) after each step of the base, ρ = 1/(1/ρ_0 + 𝒜* t) at the last decision."""
     theta = nn.Parameter(torch.zeros(3))

@@ -726,6 +726,7 @@ def test_retain_law_raises_a_learning_rate_that_may_grow():
     decision, alone = retain_law(allowed), drift_law(observe(updates(1.0), step=200))
     assert decision.scale == alone.scale > 1
     assert decision.memory == alone.memory
+    assert decision.interval == alone.interval == 5
     assert decision.pull == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 200))
 
 
