@@ -151,7 +151,7 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     from recipes import finetune_minilm
 
     output = tmp_path / "out"
-    command = f"--mode auto observe --seeds 0 1 --steps 12 --held-out 40 --output {output}"
+    command = f"--mode auto observe --seeds 0 1 --steps 6 --held-out 40 --output {output}"
     results = finetune_minilm.main([*command.split(), "--model", str(tiny_encoder)])
     printed = capsys.readouterr().out
     methods = [
@@ -163,10 +163,10 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     ]
     for text in (*methods, "in gapaware", "scores.png"):
         assert text in printed
-    assert "GapAware (auto), seed 1: the factor stayed at 1 (the window is filling)" in printed
+    assert "GapAware (auto), seed 1: the factor stayed at 1 (too few updates yet)" in printed
     assert (output / "scores.png").stat().st_size > 10_000
     saved = json.loads((output / "results.json").read_text())
-    assert saved["settings"]["steps"] == 12
+    assert saved["settings"]["steps"] == 6
     assert [(run["method"], run["seed"]) for run in saved["results"]] == [
         (method, seed) for seed in (0, 1) for method in methods
     ]
@@ -176,8 +176,8 @@ def test_finetune_command_line(tiny_encoder, tmp_path, capsys):
     assert consolidated.scores == []
     assert observed.scores == alone.scores
     assert observed.learning_rates == alone.learning_rates
-    assert len(alone.learning_rates) == alone.steps == 12
-    assert [point["step"] for point in alone.scores] == [0, 12]
+    assert len(alone.learning_rates) == alone.steps == 6
+    assert [point["step"] for point in alone.scores] == [0, 6]
     assert small.scores[0] == alone.scores[0]
     assert small.learning_rates == pytest.approx([lr / 10 for lr in alone.learning_rates])
     assert alone.idle is None
