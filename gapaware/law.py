@@ -57,7 +57,7 @@ SETBACK = 0.5
 RECOVERY = 0.03
 # beside the factor on the learning rate
 MOMENTUM_EXPONENT = -1 / 6
-PUSHED_AT, PUSHED_FROM, PUSHED_TO = 0.5, 0.1, 0.0
+PUSHED_AT, PUSHED_FROM, PUSHED_TO = 0.5, 0.2, 0.1
 WANDERING = 0.1
 
 
@@ -108,8 +108,8 @@ def drift_law(observation: Observation) -> Decision:
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
 
-    Where f has been above half of `max_scale` for half a window and q > 0.1, the weights are pushed along
-    their recent steps, ever more up to `max_push` and until q < 0. As the push grows Adam's momentum
+    Where f has been above half of `max_scale` for half a window and q > 0.2, the weights are pushed along
+    their recent steps, ever more up to `max_push` and until q < 0.1. As the push grows Adam's momentum
     comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
 
     Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is

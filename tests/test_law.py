@@ -662,7 +662,7 @@ def test_nothing_else_is_pushed(unlike):
 
 
 def test_a_push_stays_until_coherence_is_lost():
-    some = updates(0.3)
+    some = updates(0.45)
     seen = pushing(some)
     assert seen.push == 0.0
     assert pushing(some, push=1.5).push == 1.5
