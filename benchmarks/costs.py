@@ -194,7 +194,7 @@ def nudge(parameters: Sequence[Tensor]) -> None:
 def wrapped(trainee: Trainee, base: str, interval: int | str, **arguments: Any) -> GapAware:
     """GapAware around an optimizer of a model."""
     with warnings.catch_warnings():
-        # at interval=1 the law never acts on AdamW; what a snapshot costs is the same
+        # at interval=1 nothing is ever raised on AdamW; what a snapshot costs is the same
         warnings.filterwarnings("ignore", message="interval=1 .*the window is shorter")
         return WRAPPED[base](trainee.model, interval=interval, **arguments)
 

@@ -107,7 +107,7 @@ class Anchor:
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
         """
-        shares = [self._share_of_peak(number, group) for number, group in enumerate(groups)]
+        shares = self.shares(groups)
         alike: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
         for place, parameter, scales in scaled_places(groups, by_group, by_parameter):
             number, pull = place[0], scales.pull
@@ -127,6 +127,21 @@ class Anchor:
                 torch._foreach_lerp_(to, start, [rho.to(device, dtype)] * len(to))
             elif rho > 0:
                 torch._foreach_lerp_(to, start, rho)
+
+    def shares(self, groups: Groups) -> list[float | Tensor]:
+        """The learning rate of each group over its peak; 0 where nothing is pulled."""
+        return [
+            self._share_of_peak(number, group) if group.get("anchor", True) else 0.0
+            for number, group in enumerate(groups)
+        ]
+
+    def weights(self, groups: Groups) -> dict[int, Tensor]:
+        """The starting weights by the `id` of the parameter that is pulled to them."""
+        return {
+            id(parameter): self._weights[place]
+            for place, parameter in _anchored(groups)
+            if place in self._weights
+        }
 
     def _share_of_peak(self, number: int, group: dict[str, Any]) -> float | Tensor:
         lr, before = group["lr"], self._highest_lr.get(number, 0.0)
@@ -192,6 +207,22 @@ class Anchor:
         }
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
         self._let_go(groups)
+
+
+def pulled(before: Tensor, after: Tensor, start: Tensor, rates: Tensor) -> Tensor:
+    """How far the pull moved weights between two moments, as if they had gone straight in between.
+
+    Args:
+        before: weights, or a linear sketch of them, (rows, dim).
+        after: the same some steps later.
+        start: what they were pulled to.
+        rates: Σ ρ over these steps for each row, (rows,).
+
+    Example:
+        >>> pulled(torch.zeros(1, 1), torch.full((1, 1), 2.0), torch.zeros(1, 1), torch.tensor([0.1]))
+        tensor([[-0.1000]])
+    """
+    return rates[:, None] * (start - (before + after) / 2)
 
 
 def _anchored(groups: Groups) -> Iterator[tuple[Place, Tensor]]:

@@ -31,8 +31,8 @@ ACTIONS = ("raise", "hold", "lower")
 class Observation:
     """What a controller knows at a snapshot.
 
-    Updates are the parameter changes between snapshots; all sequences over them are the oldest first
-    and of the same length n <= W + 1.
+    Updates are the parameter changes between snapshots, less what a pull moved; all sequences over them are
+    the oldest first and of the same length n <= W + 1.
 
     Attributes:
         step: optimizer steps made when the snapshot was taken.

@@ -15,10 +15,11 @@ from gapaware.spectrum import Array
 
 
 class Drift(NamedTuple):
-    """Cosines of distant updates: their mean, and their standard deviation as the doubt about it."""
+    """Cosines of distant updates: their mean, their deviation as the doubt about it, their number."""
 
     mean: float
     doubt: float
+    pairs: int
 
     @property
     def certain(self) -> float:
@@ -43,21 +44,21 @@ def per_learning_rate(gram: Array, distances: Array) -> Array:
 
 
 def drift(gram: Array, spans: Array, memory: int, soonest: float = 1.0) -> Drift | None:
-    """Mean and deviation of the cosines of updates that begin at least `memory` steps apart.
+    """Mean and deviation of the cosines of updates that begin `memory` steps apart or more.
 
     Args:
         gram: inner products of updates, the oldest first, (n, n), none of them zero.
         spans: optimizer steps in each, (n,).
         memory: optimizer steps after which momentum has forgotten.
-        soonest: share of the memory that is enough where no two updates are farther apart. From their
-            cosines goes what momentum alone makes alike.
+        soonest: share of the memory that is enough where no two updates are `memory` apart. Of their
+            cosines counts what is beyond the likeness that momentum alone makes.
 
     Returns:
         None if no two updates are that far apart.
 
     Example:
         >>> drift(np.ones((4, 4)), np.full(4, 5.0), memory=10)
-        Drift(mean=1.0, doubt=0.0)
+        Drift(mean=1.0, doubt=0.0, pairs=3)
     """
     length = np.sqrt(np.diag(gram))
     start = np.cumsum(spans) - spans
@@ -66,7 +67,7 @@ def drift(gram: Array, spans: Array, memory: int, soonest: float = 1.0) -> Drift
     if not apart.any():
         return None
     cosines = _beyond_momentum((gram / np.outer(length, length))[apart], lags[apart], memory)
-    return Drift(float(cosines.mean()), float(cosines.std()))
+    return Drift(float(cosines.mean()), float(cosines.std()), len(cosines))
 
 
 class Newest(NamedTuple):
@@ -115,11 +116,11 @@ def _far(lags: Array, memory: int, soonest: float) -> NDArray[np.bool_]:
 
 
 def _beyond_momentum(cosines: Array, lags: Array, memory: int) -> Array:
-    """Cosines less what momentum makes of noise within its memory: 1 stays 1, noise alone becomes 0.
+    """Cosines less what momentum makes of noise within its memory: 1 stays 1, -1 too, noise is near 0.2.
 
-    Updates that lie k steps apart share β^k of their noise; as much of it as is left after the whole memory
-    passes for forgotten.
+    Updates that lie k steps apart share β^k of their noise, a little more where they are several steps
+    long; as much of it as is left after the whole memory, e^-1.5, passes for forgotten.
     """
     left = np.exp(-TIME_CONSTANTS)
     noise = np.maximum((np.exp(-TIME_CONSTANTS * lags / memory) - left) / (1 - left), 0)
-    return np.asarray((cosines - noise) / (1 - noise))
+    return np.asarray(np.maximum((cosines - noise) / (1 - noise), -1.0))

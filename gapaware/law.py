@@ -21,7 +21,7 @@ LONG_MEMORY = 15
 FASTEST_PACE = 2.0
 # by drift
 GAIN = 0.1
-EARLY = 0.25
+EARLY, EARLY_PAIRS = 1 / 3, 3
 GROWTH = 1.16
 SHRINKAGE = 0.9
 LEAST_DRIFT = 0.2
@@ -30,8 +30,8 @@ SPAN = 3
 # by coherence
 COHERENT = 0.5
 LEAST_COHERENT_GROWTH = 1.3
-# how soon: updates, share of the momentum's memory between them; with a pull
-SOONEST, SOONEST_PULLED = (4, 1 / 3), (6, 1.0)
+# how soon: updates, and the share of the momentum's memory between the first and the last
+FEWEST, SOONEST = 4, 1 / 3
 # where little can be lost
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
@@ -89,10 +89,10 @@ def drift_law(observation: Observation) -> Decision:
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
     weights nothing leaps.
 
-    Before the window is full and the run has lasted for W + 1 such thirds only coherence and leaps act and,
-    where f would grow sixfold if motion were coherent, growth by drift if c − s > 1/4, which is more than
-    momentum leaves of noise: from four updates on, the first and the last a third of the momentum's memory
-    apart, less what momentum alone makes alike; with a pull, from six on and a whole memory apart.
+    Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
+    thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if
+    c − s > 1/3, which is more than momentum leaves of noise. All else acts from four updates on, the first
+    and the last a third of the memory apart, less what momentum alone makes alike.
 
     f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far as
     momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by half
@@ -108,9 +108,10 @@ def drift_law(observation: Observation) -> Decision:
     the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
     first such spike, by half of that after the second, and so on.
 
-    Where f has been above half of `max_scale` for half a window and q > 0.2, the weights are pushed along
-    their recent steps, ever more up to `max_push` and until q < 0.1. As the push grows Adam's momentum
-    comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps. Neither with a pull.
+    Where f is half of `max_scale` or more, and has been for half of what the window holds, and q > 0.2, the
+    weights are pushed along their recent steps, ever more up to `max_push` and until q < 0.1. As the push
+    grows Adam's momentum comes down, as in 1cycle (Smith, arXiv 1803.09820), to f^(1/6) times fewer steps.
+    Neither with a pull.
 
     Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is
     better at their average. Where they drift it would lag behind.
@@ -222,18 +223,16 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
     updates = observation.window + 1
     # close snapshots at first fill a window before it spans enough
     full = len(moved) >= updates and SPAN * observation.step >= updates * _unit(observation)
-    # with a pull there is something to lose from the first step on
-    fewest, soonest = SOONEST_PULLED if observation.pull else SOONEST
-    if not moved.all() or len(moved) < min(fewest, updates):
+    full = full and observation.spans[1:-1].sum() >= observation.momentum_memory
+    if not moved.all() or len(moved) < FEWEST:
         return None, "the window is filling"
     gram, spans = per_learning_rate(observation.gram, distances), observation.spans
     memory, first = observation.momentum_memory, 1 if full else 0
-    seen = drift(gram[first:, first:], spans[first:], memory, 1.0 if full else soonest)
+    seen = drift(gram[first:, first:], spans[first:], memory, 1.0 if full else SOONEST)
     if seen is None:
-        short = f"the window is shorter than momentum's {memory} steps"
-        return None, short if full else "the window is filling"
+        return None, "the window is filling"
     a = adiabaticity(gram) if full else 0.0
-    return _Motion(full, seen, newest(gram, spans, memory, soonest), a), ""
+    return _Motion(full, seen, newest(gram, spans, memory, SOONEST), a), ""
 
 
 def _wanted(
@@ -242,7 +241,10 @@ def _wanted(
     """The factor on f that drift, coherence and loss ask for."""
     thirds = _thirds(observation)
     factor, why = 1.0, "the window is filling"
-    if motion.full or (hurry and motion.drift.certain > EARLY):
+    early = motion.drift.pairs >= EARLY_PAIRS and motion.drift.certain > max(
+        EARLY, observation.target
+    )
+    if motion.full or (hurry and early):
         factor, why = _by_drift(observation, motion.drift)
     fast = _fast(motion.coherence, hurry=hurry) ** thirds
     if motion.coherence > COHERENT and fast > factor:
@@ -330,7 +332,7 @@ def _limit(observation: Observation, stride: float) -> float:
 
 
 def _push(observation: Observation, motion: _Motion, scale: float) -> float:
-    """The push along the recent steps, for where a larger learning rate is no way to go on."""
+    """The push along the recent steps, which a large learning rate lets grow."""
     # for half a window: second moments lag behind a factor that leaps
     raised = min(scale, float(observation.scales[len(observation.scales) // 2]))
     as_large = raised > 1 and raised >= PUSHED_AT * observation.max_scale

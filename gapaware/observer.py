@@ -1,7 +1,13 @@
-"""From parameters to the Gram matrix of the last updates: takes the snapshots and keeps the window."""
+"""From parameters to the Gram matrix of the last updates: takes the snapshots and keeps the window.
+
+An update is what the wrapped optimizer did. Where a pull towards the starting weights moved them too, that
+is taken off: gradient and pull soon balance each other, and weights that stand still say nothing about how
+steadily the gradient pushes.
+"""
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -9,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gapaware import layout
+from gapaware.anchor import pulled
 from gapaware.blocks import WIDTH
 from gapaware.decay import decay_rate
 from gapaware.delegation import leaves
@@ -85,6 +92,8 @@ class Observer:
         # tensors where the learning rate is one on CUDA, which the host cannot read without waiting
         self._rates: list[float | Tensor | None] = []
         self._lr_sums: list[float | Tensor] = []
+        self._pulls: list[float | Tensor] = []
+        self._origin: Tensor | None = None
         self._span = 0
 
     @property
@@ -136,19 +145,30 @@ class Observer:
         self._signature = [row.signature() for row in rows]
         self._row_groups = [row.group for row in rows]
         self._last, shares = self._snapshot(rows)
+        self._spoilt = False
         dim = self._last.shape[1]
         if self._start is not None:
             blocks = _blocks(rows)
             self._start = self._start.followed(blocks, self._widths(blocks), shares)
         self._window = Window(self._size, len(rows), dim, self._last.device, self._dtype())
-        self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
+        self._begin_update(len(rows))
 
-    def account(self, optimizer: torch.optim.Optimizer, scales: Sequence[Scales]) -> None:
-        """Note one step of the optimizer: its learning rates and how much it decayed each row.
+    def _begin_update(self, rows: int) -> None:
+        self._rates, self._lr_sums, self._pulls = [0.0] * rows, [0.0] * rows, [0.0] * rows
+        self._span = 0
+
+    def account(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scales: Sequence[Scales],
+        pulled_shares: Sequence[float | Tensor] = (),
+    ) -> None:
+        """Note one step of the optimizer: its learning rates, and how much each row decayed and was pulled.
 
         Args:
             optimizer: the wrapped one, its groups unscaled.
             scales: that were on each row during the step.
+            pulled_shares: the share of `Scales.pull` that acted on each group, see `Anchor.shares`.
         """
         self._span += 1
         groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
@@ -162,9 +182,15 @@ class Observer:
             decay = float(group.get("weight_decay") or 0.0) * factor.weight_decay
             rate, so_far = decay_rate(leaf, group, lr * factor.lr, decay), self._rates[row]
             self._rates[row] = None if rate is None or so_far is None else so_far + rate
+            if pulled_shares:
+                self._pulls[row] = self._pulls[row] + factor.pull * pulled_shares[number]
 
     def look(
-        self, optimizer: torch.optim.Optimizer, step: int, scales: Sequence[Scales]
+        self,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        scales: Sequence[Scales],
+        anchor: Mapping[int, Tensor] | None = None,
     ) -> Sighting | None:
         """Take a snapshot.
 
@@ -172,6 +198,9 @@ class Observer:
             optimizer: the wrapped one, its groups unscaled.
             step: optimizer steps made so far.
             scales: that were on each row since the last snapshot.
+            anchor: what parameters are pulled to, see `Anchor.weights`; None where nothing can be pulled.
+                What it lacks in a row that is pulled, such as a new head, counts as pulled to where it is
+                at the window's first snapshot.
 
         Returns:
             What was seen, or None when the window (re)started here.
@@ -183,16 +212,23 @@ class Observer:
             self.start(optimizer, begins=False)
             return None
         assert self._last is not None
+        if anchor is not None and self._origin is None:
+            self._origin, _ = self._snapshot([_at(row, anchor) for row in rows])
         now, shares = self._snapshot(rows)
+        self._spoilt = False
         last = send(self._last, now.device)
+        update = now - last
+        if self._origin is not None:
+            pulls = send(column(self._pulls), now.device)
+            update -= pulled(last, now, send(self._origin, now.device), pulls)
         self._window.to(now.device)
         rates = column([0.0 if rate is None else rate for rate in self._rates])
-        self._window.push(now - last, now, send(rates, now.device))
+        self._window.push(update, now, send(rates, now.device))
         lrs = Transfer(column([total / max(self._span, 1) for total in self._lr_sums]))
         self._conditions.append(Conditions(lrs, tuple(s.lr for s in scales), self._span))
         separable = tuple(rate is not None for rate in self._rates)
-        self._last, self._span = now, 0
-        self._rates, self._lr_sums = [0.0] * len(rows), [0.0] * len(rows)
+        self._last = now
+        self._begin_update(len(rows))
         return Sighting(
             step=step,
             names=tuple(row.name for row in rows),
@@ -254,7 +290,6 @@ class Observer:
             shares = sketches.new_empty(sum(self._widths(_blocks(rows))))
         if self._spoilt:
             sketches.fill_(float("nan"))
-        self._spoilt = False
         if among.ranks:
             together = among.add_up(torch.cat((sketches.view(-1), shares)))
             sketches, shares = together.split([sketches.numel(), shares.numel()])
@@ -294,6 +329,8 @@ class Observer:
             "conditions": [condition.as_list() for condition in self._conditions],
             "rates": [None if rate is None else float(rate) for rate in self._rates],
             "lr_sums": [float(total) for total in self._lr_sums],
+            "pulls": [float(total) for total in self._pulls],
+            "origin": None if self._origin is None else self._origin.clone(),
             "span": self._span,
         }
 
@@ -304,6 +341,10 @@ class Observer:
         self._row_groups = [int(group) for group in state["row_groups"]]
         self._rates = [None if rate is None else float(rate) for rate in state["rates"]]
         self._lr_sums = [float(total) for total in state["lr_sums"]]
+        # until 0.1.0 there was neither
+        self._pulls = [float(total) for total in state.get("pulls", [0.0] * len(self._signature))]
+        origin = state.get("origin")
+        self._origin = None if origin is None else origin.to(torch.float64).clone()
         self._span = int(state["span"])
         self._conditions.extend(map(Conditions.from_list, state["conditions"]))
         start = state.get("start")  # until 0.1.0 there was none
@@ -320,7 +361,7 @@ class Observer:
     def _check(self) -> None:
         """Refuse a state whose parts do not fit together, before it spoils a window."""
         rows, size = len(self._signature), self._size + 1
-        counts = {len(self._row_groups), len(self._rates), len(self._lr_sums)}
+        counts = {len(self._row_groups), len(self._rates), len(self._lr_sums), len(self._pulls)}
         fits = counts == {rows} and self._span >= 0
         fits = fits and all(len(c.lrs) == len(c.scales) == rows for c in self._conditions)
         if self._last is None or self._window is None:
@@ -332,6 +373,7 @@ class Observer:
             fits = fits and self._window.shape == (size, rows, dim)
             fits = fits and dim <= (self.settings["sketch_dim"] or longest)
             fits = fits and len(self._conditions) == len(self._window)
+            fits = fits and (self._origin is None or self._origin.shape == self._last.shape)
         if self._start is not None:
             fits = fits and self._start.shares.shape == (sum(self._start.widths),)
             fits = fits and _by_group(self._start.blocks) == _by_group(
@@ -339,6 +381,11 @@ class Observer:
             )
         if not fits:
             raise ValueError("the parts of the observer's state do not fit together")
+
+
+def _at(row: layout.Row, weights: Mapping[int, Tensor]) -> layout.Row:
+    """The same row with other weights."""
+    return replace(row, parameters=tuple(weights.get(id(p), p) for p in row.parameters))
 
 
 def _by_group(entries: Iterable[tuple[Any, ...]]) -> dict[str, tuple[int, int]]:

@@ -298,7 +298,9 @@ class GapAware(Evaluating):
                 self._observer.check()
             if is_number(loss):
                 self.log(loss=loss)
-            self._observer.account(self.base, scales)
+            groups = self.base.param_groups
+            shares = [] if self._anchor is None else self._anchor.shares(groups)
+            self._observer.account(self.base, scales, shares)
             if due:
                 self._decide()
         if self._steps >= self._next_snapshot:
@@ -314,7 +316,9 @@ class GapAware(Evaluating):
         """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
         if self._is_idle():
             return
-        sighting = self._observer.look(self.base, self._steps, scales)
+        groups = self.base.param_groups
+        anchor = None if self._anchor is None else self._anchor.weights(groups)
+        sighting = self._observer.look(self.base, self._steps, scales, anchor)
         if sighting is not None:
             self._pending = (sighting, self._metrics.take())
 

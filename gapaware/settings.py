@@ -12,10 +12,8 @@ from gapaware import arguments, layout
 from gapaware.blocks import CHUNK
 from gapaware.caution import caution
 from gapaware.controller import Controller, Decision, Observation
-from gapaware.law import drift_law
 from gapaware.modes import MODES, NAMES, Mode, resolve
 from gapaware.momentum import interval_for, memory_steps
-from gapaware.retain_law import retain_law
 from gapaware.spectrum import MIN_UPDATES
 
 # a controller of the user's is not held to what the built-in laws may do
@@ -116,8 +114,15 @@ def settle(
         why=f'the largest factor on the learning rate with mode="{mode}"',
     )
     # where a built-in law may raise the factor, it should soon
-    close = law is drift_law or (law is retain_law and high > 1)
-    steps = _interval(interval, memory, close=close)
+    grows = controller is None and chosen.law is not None and high > 1
+    steps = _interval(interval, memory, close=grows)
+    if grows and interval != "auto" and (window - 1) * steps < memory:
+        caution(
+            f"interval={interval} with window={window}: the window is shorter than the {memory} steps that "
+            "momentum remembers, so the built-in law will never raise the learning rate; pass "
+            f'interval="auto" or at least {-(-memory // (window - 1))}'
+        )
+        high = 1.0
     lowest = 1.0 if controller is None else MIN_SCALE_OF_A_CONTROLLER
     low = arguments.positive(
         "min_scale",
@@ -145,8 +150,6 @@ def settle(
             )
     if controller is not None and anchor is None:
         law = partial(_without_an_anchor, controller)
-    if controller is None and chosen.law is drift_law and interval != "auto":
-        _warn_of_a_short_window(window, steps, memory)
     return Settings(
         mode=mode,
         window=window,
@@ -166,15 +169,6 @@ def _interval(interval: int | str, memory: int, *, close: bool) -> int:
         arguments.choice("interval", interval, ("auto",))
         return interval_for(memory, step=0) if close else interval_for(memory)
     return arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
-
-
-def _warn_of_a_short_window(window: int, interval: int, memory: int) -> None:
-    if (window - 1) * interval < memory:
-        caution(
-            f"interval={interval} with window={window}: the window is shorter than the {memory} "
-            "steps that momentum remembers, so the built-in law will never act; pass "
-            f'interval="auto" or at least {-(-memory // (window - 1))}'
-        )
 
 
 def _check_controller(controller: Any, mode: str) -> None:

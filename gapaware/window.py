@@ -6,6 +6,7 @@ coefficients need no second look at the updates.
 
 The part of an update that is weight decay is −ρ times the parameters before it, which are the parameters
 now less all updates since: its inner products follow from those of the updates and of the parameters now.
+What moves parameters beside the updates, as a pull to the starting weights, is small against them here.
 """
 
 from functools import lru_cache

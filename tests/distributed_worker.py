@@ -370,7 +370,7 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
 def anchored(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
     """Trained in mode retain."""
     model = shard(network())
-    train(model, wrapped(model, mode="retain", controller=None))
+    train(model, wrapped(model, mode="retain", controller=None, interval="auto", max_scale=64.0))
     return weights(model)
 
 

@@ -46,7 +46,7 @@ def still(p):
     ("max_scale", "intervals"), [(None, [5, 5, 5]), (1.0, [5, 5, 5]), (64.0, [2, 2, 5])]
 )
 def test_snapshots_are_closer_at_first_where_the_learning_rate_may_grow(max_scale, intervals):
-    """So that the first pull, which lasts until there is a spectrum, does not last for a whole window."""
+    """So that the first pull, which lasts until there is a spectrum, does not last for long."""
     theta = torch.nn.Parameter(torch.ones(100))
     base = torch.optim.AdamW([theta], lr=1e-3)
     optimizer = GapAware(base, mode="retain", max_scale=max_scale)
@@ -75,6 +75,51 @@ def test_the_pull_by_hand():
         alone = (alone + 1) * (1 - pull)
         assert theta.tolist() == pytest.approx(alone.tolist()), step
     assert optimizer.history[-1]["pull"] == pytest.approx(1 / (1 / FIRST_PULL + RETAIN_TARGET * 11))
+
+
+@pytest.mark.parametrize("granularity", ["global", "block"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_what_the_pull_moves_is_no_update(granularity, given, device):
+    """Gradient and pull balance each other, the weights stand still, and the gradient still pushes."""
+    pulled, free = nn.Parameter(torch.full((3,), 5.0)), nn.Parameter(torch.zeros(2))
+    groups = [
+        {"params": [("pulled", pulled)]},
+        {"params": [("free", free)], "anchor": False},
+    ]
+    grams, moved = [], []
+
+    def watch(observation):
+        grams.append((observation.row, observation.gram))
+        return Decision(1.0, pull=0.05)
+
+    base = torch.optim.SGD(groups, lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0 if step < 90 else 0.5)
+    optimizer = GapAware(
+        base,
+        controller=watch,
+        interval=3,
+        window=5,
+        sketch_dim=None,
+        granularity=granularity,
+        anchor={"pulled": torch.full((3,), -2.0)} if given else "init",
+        anchor_device=device,
+    )
+    for _ in range(150):
+        before = pulled[0].item()
+        pulled.grad, free.grad = -torch.ones(3), -torch.ones(2)
+        optimizer.step()
+        schedule.step()
+        moved.append(pulled[0].item() - before)
+    assert moved[0] == pytest.approx(1.0)
+    assert abs(moved[80]) < 0.02
+    assert optimizer.history[-1]["decision"] != "fault"
+    seen = {row: gram for row, gram in grams if len(gram) == 6}
+    sizes = {"all": 5} if granularity == "global" else {"group 0: pulled": 3, "group 1: free": 2}
+    assert seen.keys() == sizes.keys()
+    for row, size in sizes.items():
+        # three steps of half a unit, in the end
+        np.testing.assert_allclose(seen[row], np.full((6, 6), 1.5**2 * size), rtol=0.06)
 
 
 def test_the_pull_follows_the_schedule():

@@ -550,5 +550,7 @@ def test_arguments_that_would_be_ignored_are_not():
         GapAware(torch.optim.SGD([p], lr=0.1), mode="observe", max_scale=64)
     with pytest.raises(ValueError, match=r'max_push=1.*mode="retain"; pass 0 <= max_push <= 0'):
         GapAware(torch.optim.SGD([p], lr=0.1), mode="retain", max_push=1)
-    with pytest.warns(UserWarning, match="never act; pass interval=.auto. or at least 2"):
+    with pytest.warns(
+        UserWarning, match="never raise the learning rate; pass interval=.auto. or at least 2"
+    ):
         GapAware(torch.optim.AdamW([p], lr=0.1), interval=1)

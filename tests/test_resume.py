@@ -49,7 +49,7 @@ def through_a_file(state):
                 "target": 30.0,
             },
         ),
-        (48, {"interval": 4, "mode": "retain", "granularity": "group"}),
+        (48, {"interval": 4, "mode": "retain", "granularity": "group", "max_scale": 64.0}),
         (33, {"interval": 1, "sketch_dim": None}),
     ],
 )
