@@ -94,10 +94,10 @@ def drift_law(observation: Observation) -> Decision:
     c − s > 1/3, which is more than momentum leaves of noise. All else acts from four updates on, the first
     and the last a third of the memory apart, less what momentum alone makes alike.
 
-    f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far as
-    momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by half
-    of it while the loss is where the run began and every update goes the same way; and it stays once the
-    schedule has come down below half of its peak.
+    f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back
+    as momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by
+    half of it while the loss is where the run began and every update goes the same way; and it stays once
+    the schedule has come down below half of its peak.
 
     Where neither weight decay nor a pull takes back what larger steps add to the weights, the way down from
     the plateau is taken with care, so that the run ends near the solution that it would have found alone:

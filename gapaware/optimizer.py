@@ -64,8 +64,8 @@ class GapAware(Evaluating):
             lets a learning rate grow that is too small for the pull: for where old answers are held too.
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.
         max_push: how many times the average of the recent steps may follow each step, with mode="escape"
-            where `max_scale` is not enough; 2. While it does, that takes a copy of the weights, and Adam's
-            momentum is shorter; 0 does without. No limit for a controller of yours.
+            where the factor is at half of `max_scale` or above; 2. While it does, that takes a copy of the
+            weights, and Adam's momentum is shorter; 0 does without. No limit for a controller of yours.
         average: whether `eval()` may put the average of the last weights into the model.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
             the first step, or a module or state dict by parameter name, which needs a `base` made from

@@ -22,8 +22,9 @@ def retain_law(observation: Observation) -> Decision:
         ρ = 1 / (1/ρ_0 + 𝒜*·t)
 
     whatever the learning rate and the length of the run. The learning rate is left alone, unless the user
-    allows a `max_scale` above 1: then `drift_law` raises it where it is too small for the pull, and chooses
-    when to look again. The first pull lasts until there is a spectrum, which is sooner then.
+    allows a `max_scale` above 1: then `drift_law` raises it where the gradient pushes steadily against the
+    pull, which it sees in the updates of the wrapped optimizer alone, and chooses when to look again. The
+    first pull lasts until there is a spectrum, which is sooner then.
     """
     pull = 1 / (1 / FIRST_PULL + observation.target * observation.step)
     why = f"pull {pull:.2g} towards the start"
