@@ -124,7 +124,11 @@ def means_table(runs: Runs) -> str:
 
 
 def lr_table(runs: Runs) -> str:
-    """For what sweeps the learning rate: forgetting of each alone."""
+    """For what sweeps the learning rate: forgetting of each alone, and how far apart these are.
+
+    The last column is most less least over `LR_FACTORS`, as a share of what the base's best forgets: where
+    next to nothing is forgotten a ratio of the two says nothing.
+    """
     factors = sorted({row["lr_factor"] for row in runs.rows if row["method"] == "base"})
     body = []
     for case in runs.cases:
@@ -133,8 +137,10 @@ def lr_table(runs: Runs) -> str:
                 cells = [
                     mean_or_count(runs.forgotten(case, view, 0.9, f).values()) for f in factors
                 ]
-                body.append([*case, view, *cells])
-    return table(["task", "base", "method", *(f"x{factor:.2g}" for factor in factors)], body)
+                body.append([*case, view, *cells, percent(lr_spread(runs, case, view))])
+    return table(
+        ["task", "base", "method", *(f"x{factor:.2g}" for factor in factors), "apart"], body
+    )
 
 
 def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
@@ -165,9 +171,24 @@ def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
 
 def lr_change(runs: Runs, case: Case) -> float:
     """Largest over smallest mean forgetting of ours over learning rates, less one; inf if one misses."""
-    means = [pareto.mean(runs.forgotten(case, OURS, 0.9, lr).values()) for lr in LR_FACTORS]
+    kept = over_lrs(runs, case, OURS)
+    return max(kept) / max(min(kept), 1e-9) - 1 if kept else math.inf
+
+
+def lr_spread(runs: Runs, case: Case, view: str) -> float | None:
+    """Largest less smallest mean forgetting over learning rates, as a share of the base's at its best."""
+    kept, usual = (
+        over_lrs(runs, case, view),
+        pareto.mean(runs.forgotten(case, "base", 0.9).values()),
+    )
+    return (max(kept) - min(kept)) / usual if kept and usual else None
+
+
+def over_lrs(runs: Runs, case: Case, view: str) -> list[float]:
+    """Mean forgetting at 90 % at each of `LR_FACTORS`; none where a seed misses that at one of them."""
+    means = [pareto.mean(runs.forgotten(case, view, 0.9, lr).values()) for lr in LR_FACTORS]
     kept = [value for value in means if value is not None]
-    return max(kept) / max(min(kept), 1e-9) - 1 if len(kept) == len(means) else math.inf
+    return kept if len(kept) == len(means) else []
 
 
 def mean_or_count(values: Iterable[float | None]) -> str:
