@@ -13,7 +13,10 @@ from dataclasses import replace
 
 from benchmarks.tasks import (
     Task,
+    adding,
     char_lm,
+    completion,
+    deep_tanh,
     digits,
     dyck,
     linear_attention,
@@ -21,6 +24,7 @@ from benchmarks.tasks import (
     mnist,
     modular,
     parity,
+    permutations,
     relu,
     scan,
 )
@@ -83,6 +87,10 @@ PLATEAUS = _marked(
     *char_lm.TOO_SMALL,
     modular.ADD,
     modular.MULTIPLY,
+    completion.SGD,
+    permutations.S5,
+    adding.ADAMW,
+    deep_tanh.MUON,
 )
 OTHERS = _marked(
     mnist.CNN,

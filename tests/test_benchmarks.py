@@ -23,7 +23,19 @@ from benchmarks.rivals import RIVALS, amplify_slow_gradients
 from benchmarks.runs import METHODS, Results, Run, key_of, steps
 from benchmarks.statistics import compare, geometric_mean, loss_change, summarize
 from benchmarks.suite import OTHERS, PLATEAUS, TASKS, TUNED_ON
-from benchmarks.tasks import Training, dyck, linear_attention, mnist, modular, parity, scan
+from benchmarks.tasks import (
+    Training,
+    adding,
+    completion,
+    deep_tanh,
+    dyck,
+    linear_attention,
+    mnist,
+    modular,
+    parity,
+    permutations,
+    scan,
+)
 
 # -- tasks ---------------------------------------------------------------------------------------
 
@@ -124,6 +136,38 @@ def test_modular_tables(operation, answer):
     assert len(pairs) == len(pairs.unique(dim=0)) == 49
     for (a, b), found in zip(pairs.tolist(), answers.tolist(), strict=True):
         assert found == answer(a, b) % 7
+
+
+def test_permutations_make_a_group_that_does_not_commute():
+    pairs, answers = permutations.table(4)
+    products = answers.reshape(24, 24)
+    assert len(pairs.unique(dim=0)) == 576
+    assert all(len(line.unique()) == 24 for line in (*products, *products.T))  # invertible
+    assert torch.equal(products[0], torch.arange(24))  # the first one leaves all in place
+    assert torch.equal(products[products], products[:, products])  # (ab)c = a(bc)
+    assert not torch.equal(products, products.T)
+
+
+def test_adding_has_one_mark_in_each_half_and_knows_the_answer():
+    sequences, sums = adding.examples(2000, torch.Generator().manual_seed(0))
+    marks = sequences[:, :, 1]
+    assert (marks.reshape(2, -1, 2000).sum(1) == 1).all()
+    assert torch.allclose(sequences.prod(2).sum(0), sums)
+    assert sums.var().item() == pytest.approx(1 / 6, rel=0.1)  # what to answer 1 costs
+
+
+def test_completion_is_of_a_matrix_of_rank_three_and_begins_near_zero():
+    matrix = completion.low_rank(torch.Generator().manual_seed(0))
+    assert torch.linalg.matrix_rank(matrix) == 3
+    assert matrix.square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert completion.completion(0).model().norm() < 1e-3 * matrix.norm()
+
+
+def test_deep_tanh_first_gradients_vanish():
+    training = deep_tanh.deep_tanh(0)
+    training.loss().backward()
+    first = training.model.hidden0.weight.grad.norm()
+    assert first < 0.1 * training.model.output.weight.grad.norm()
 
 
 def test_linear_attention_can_reach_its_target():
