@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import quick
@@ -22,6 +23,7 @@ from benchmarks.arguments import add_results
 from benchmarks.figure import draw
 from benchmarks.methods import GAPAWARE, NO_LOSS
 from benchmarks.plan import stages
+from benchmarks.plateau_bars import bars
 from benchmarks.report import figures, markdown
 from benchmarks.runs import METHODS, Results, run_all
 from benchmarks.suite import TASKS
@@ -69,10 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_all(runs, results, options.jobs, stage)
     if missing:
         print(f"{results.path} lacks at least {missing} runs of the plan; what it has:\n")
-    print(markdown(results, tasks, methods, options.seeds))
+    print(markdown(results, tasks, methods, options.seeds), end="\n\n")
+    judged = list(bars(results, tasks, methods, options.seeds))
+    print(*judged, sep="\n")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         described = figures(results, tasks, methods, options.seeds)
+        described["bars"] = [asdict(bar) for bar in judged]
         options.json.write_text(json.dumps(described, indent=1) + "\n")
     if options.figure:
         draw(results, tasks, methods, options.seeds, options.figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -175,6 +175,15 @@ def _pairs(results: Results, task: str, factor: float, seeds: int) -> list[tuple
     return rows
 
 
+def others(
+    results: Results, tasks: Sequence[str], seeds: int
+) -> Iterator[tuple[str, list[tuple[Row, Row]]]]:
+    """Tasks without a plateau, and the base's row and GapAware's of each seed."""
+    for task in OTHERS:
+        if task.name in tasks:
+            yield task.name, _pairs(results, task.name, 1.0, seeds)
+
+
 def _others(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
     lines = _head(
         "task",
@@ -186,10 +195,10 @@ def _others(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
         "diverged",
         "n",
     )
-    for task in OTHERS:
-        rows = _pairs(results, task.name, 1.0, seeds)
-        if task.name not in tasks or not rows:
+    for found, rows in others(results, tasks, seeds):
+        if not rows:
             continue
+        task = TASKS[found]
         change, p = loss_change(rows)
         name = f"{task.name} (tuned on)" if task.tuned_on else task.name
         lines.append(
@@ -211,36 +220,65 @@ def _others(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
 
 def _robustness(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
     lines = _head("task", "lr / tuned", "final loss alone", "GapAware", "n")
-    for task, factors in ROBUSTNESS.items():
-        means: list[tuple[float, float]] = []
-        for factor in factors:
-            rows = _pairs(results, task, factor, seeds)
-            if task not in tasks or not rows:
-                continue
-            alone, ours = (fmean(r["final_loss"] for r in side) for side in zip(*rows, strict=True))
-            means.append((alone, ours))
-            lines.append(_line(task, f"{factor:g}", f"{alone:.4f}", f"{ours:.4f}", len(rows)))
-        if len(means) == len(factors):
-            alone, ours = (max(side) - min(side) for side in zip(*means, strict=True))
+    spread = {task: (alone, ours) for task, alone, ours in ranges(results, tasks, seeds)}
+    for task, means in _by_lr(results, tasks, seeds):
+        for factor, (alone, ours, n) in means.items():
+            lines.append(_line(task, f"{factor:g}", f"{alone:.4f}", f"{ours:.4f}", n))
+        if task in spread:
+            alone, ours = spread[task]
             lines.append(
                 _line(task, "range", f"{alone:.4f}", f"{ours:.4f}", f"ratio {ours / alone:.2f}")
             )
     return lines
 
 
-def _norms(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
-    lines = _head("task", "norm / smallest, alone", "GapAware", "change", "n")
+def _by_lr(
+    results: Results, tasks: Sequence[str], seeds: int
+) -> Iterator[tuple[str, dict[float, tuple[float, float, int]]]]:
+    """Mean final loss of the base and of GapAware, and runs, by factor on the tuned learning rate."""
+    for task, factors in ROBUSTNESS.items():
+        if task in tasks:
+            found = {factor: _pairs(results, task, factor, seeds) for factor in factors}
+            yield (
+                task,
+                {
+                    factor: (*_means(rows, lambda row: row["final_loss"]), len(rows))
+                    for factor, rows in found.items()
+                    if rows
+                },
+            )
+
+
+def ranges(
+    results: Results, tasks: Sequence[str], seeds: int
+) -> Iterator[tuple[str, float, float]]:
+    """Tasks run at all learning rates; how far apart final losses are, alone and in GapAware."""
+    for task, means in _by_lr(results, tasks, seeds):
+        if len(means) == len(ROBUSTNESS[task]):
+            alone, ours, _ = zip(*means.values(), strict=True)
+            yield task, max(alone) - min(alone), max(ours) - min(ours)
+
+
+def norms(
+    results: Results, tasks: Sequence[str], seeds: int
+) -> Iterator[tuple[str, float, float, int]]:
+    """Tasks with an interpolator; its mean norm over the smallest, alone and in GapAware, and runs."""
     for task in PLATEAUS:
         rows = _pairs(results, task.name, 1.0, seeds)
-        if task.name not in tasks or not rows or "norm_over_smallest" not in rows[0][0]["extras"]:
-            continue
-        alone, ours = (
-            fmean(row["extras"]["norm_over_smallest"] for row in side)
-            for side in zip(*rows, strict=True)
-        )
-        lines.append(
-            _line(task.name, f"{alone:.3f}", f"{ours:.3f}", f"{ours / alone - 1:+.2%}", len(rows))
-        )
+        if task.name in tasks and rows and "norm_over_smallest" in rows[0][0]["extras"]:
+            means = _means(rows, lambda row: row["extras"]["norm_over_smallest"])
+            yield (task.name, *means, len(rows))
+
+
+def _means(rows: Sequence[tuple[Row, Row]], figure: Callable[[Row], float]) -> tuple[float, float]:
+    alone, ours = (fmean(map(figure, side)) for side in zip(*rows, strict=True))
+    return alone, ours
+
+
+def _norms(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+    lines = _head("task", "norm / smallest, alone", "GapAware", "change", "n")
+    for task, alone, ours, n in norms(results, tasks, seeds):
+        lines.append(_line(task, f"{alone:.3f}", f"{ours:.3f}", f"{ours / alone - 1:+.2%}", n))
     return lines
 
 
