@@ -71,9 +71,16 @@ class Anchor:
             return
         given = [self._given(groups, place, parameter) for place, parameter in _anchored(groups)]
         if all(weights is None for weights in given):
+            theirs = [name for group in groups for name in group.get("param_names", ())]
+            found = (
+                f"it has {arguments.some(list(self._source))}, the optimizer {arguments.some(theirs)}; if "
+                "they differ by a prefix, take both from the model inside the wrapper (DDP: model.module, torch.compile: "
+                "model._orig_mod), else pass a state dict of the same model"
+                if theirs
+                else "build that with model.named_parameters(), which gives it names"
+            )
             raise ValueError(
-                "anchor: none of its names is a parameter of the wrapped optimizer; build that with "
-                "model.named_parameters(), which gives it names, and pass a state dict of the same model"
+                f"anchor: none of its names is a parameter of the wrapped optimizer; {found}"
             )
 
     @torch.no_grad()

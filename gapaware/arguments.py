@@ -85,8 +85,8 @@ def positive(
     return found
 
 
-def not_negative(name: str, value: Any, *, high: float = float("inf"), why: str) -> float:
-    """Return `value` if it is a finite number in [0, high].
+def not_negative(name: str, value: Any, *, why: str) -> float:
+    """Return `value` if it is a finite number of 0 or more.
 
     Raises:
         TypeError: it is no number.
@@ -98,9 +98,8 @@ def not_negative(name: str, value: Any, *, high: float = float("inf"), why: str)
         ValueError: max_push=-1: the strongest push along the recent steps; pass 0 <= max_push < inf
     """
     found = number(name, value, why=why)
-    if not (0.0 <= found < float("inf") and found <= high):
-        below = "<" if high == float("inf") else "<="
-        raise ValueError(f"{name}={value}: {why}; pass 0 <= {name} {below} {high}")
+    if not 0.0 <= found < float("inf"):
+        raise ValueError(f"{name}={value}: {why}; pass 0 <= {name} < inf")
     return found
 
 
@@ -199,3 +198,13 @@ def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
             f"{name} has the shape {tuple(value.shape)}, the model's {tuple(like.shape)}; {instead}"
         )
     return value
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are, for a message.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more"
+    """
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")

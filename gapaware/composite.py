@@ -228,6 +228,7 @@ def muon(
         A `GapAware` around a `Composite`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the model has no trainable matrix for Muon.
 
     Example:
@@ -238,6 +239,11 @@ def muon(
     """
     from gapaware.optimizer import GapAware
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={type(model).__name__}: not a torch.nn.Module; pass the model itself, since names and "
+            "kinds of layers tell which parameters are Muon's"
+        )
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }

@@ -58,6 +58,9 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[Factory], dict[str, Any]]:
     """Make the Trainer wrap its optimizer in GapAware.
 
+    A plain Trainer tells an optimizer nothing of the loss: the law then goes by the updates alone, and
+    leaves plateaus later. `GapAwareTrainer` logs the loss of each step.
+
     Args:
         args: the Trainer's own arguments. ``optim``, ``learning_rate``, ``weight_decay``, the
             betas and epsilon keep their meaning, and so does its schedule: GapAware scales on top
@@ -90,7 +93,11 @@ def optimizer_cls_and_kwargs(
         >>> type(trainer.create_optimizer()).__name__
         'GapAware'
     """
-    inspect.signature(GapAware).bind(None, **options)
+    known = inspect.signature(GapAware).parameters.keys() - {"base"}
+    if unknown := options.keys() - known:
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: no option of GapAware; it has {', '.join(sorted(known))}"
+        )
     if not (base is None or base in ("adamw", "muon") or _builds_from_a_model(base)):
         raise ValueError(
             f"base={base!r}: pass None (the optimizer that args.optim names), 'adamw', 'muon', or "

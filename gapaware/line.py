@@ -163,9 +163,9 @@ def matched(
         raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
     if missing:
         raise ValueError(
-            f"anchor: it lacks {_some(missing)} of the model and has {_some(list(start))}; if the names "
-            "differ by a prefix, pass the model inside the wrapper (DDP: model.module), and name in "
-            "`fresh` what had no start"
+            f"anchor: it lacks {arguments.some(missing)} of the model and has "
+            f"{arguments.some(list(start))}; if the names differ by a prefix, pass the model inside the wrapper (DDP: model.module, torch.compile: "
+            "model._orig_mod), and name in `fresh` what had no start"
         )
     return pairs
 
@@ -206,7 +206,3 @@ def _fully_sharded(model: nn.Module) -> list[Any]:
     # where nobody has imported the module there are none
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [module for module in model.modules() if kind and isinstance(module, kind)]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")

@@ -110,9 +110,13 @@ def settle(
         "max_scale",
         chosen.max_scale if max_scale is None else max_scale,
         low=1.0,
-        high=1.0 if chosen.law is None else float("inf"),
-        why=f'the largest factor on the learning rate with mode="{mode}"',
+        why="the largest factor on the learning rate",
     )
+    if chosen.law is None and high > 1:
+        raise ValueError(
+            f'max_scale={max_scale}: mode="{mode}" never changes the learning rate; leave it out, or pass '
+            'mode="escape"'
+        )
     # where a built-in law may raise the factor, it should soon
     grows = controller is None and chosen.law is not None and high > 1
     steps = _interval(interval, memory, close=grows)
@@ -130,14 +134,14 @@ def settle(
         high=1.0,
         why="the smallest factor on the learning rate",
     )
-    push = float("inf") if controller is not None else chosen.max_push
+    push = pushes = float("inf") if controller is not None else chosen.max_push
     if max_push is not None:
-        push = arguments.not_negative(
-            "max_push",
-            max_push,
-            high=float("inf") if push else 0.0,
-            why=f'the strongest push along the recent steps with mode="{mode}"',
-        )
+        why = "the strongest push along the recent steps"
+        push = arguments.not_negative("max_push", max_push, why=why)
+        if push and not pushes:
+            raise ValueError(
+                f'max_push={max_push}: mode="{mode}" never pushes; leave it out, or pass mode="escape"'
+            )
     arguments.integer("history_size", history_size, low=1, why="records kept in memory")
     arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
@@ -166,7 +170,11 @@ def settle(
 
 def _interval(interval: int | str, memory: int, *, close: bool) -> int:
     if isinstance(interval, str):
-        arguments.choice("interval", interval, ("auto",))
+        if interval != "auto":
+            raise ValueError(
+                f'interval={interval!r}: unknown; pass "auto", or how many optimizer steps lie between '
+                "snapshots"
+            )
         return interval_for(memory, step=0) if close else interval_for(memory)
     return arguments.integer("interval", interval, low=1, why="optimizer steps between snapshots")
 

@@ -232,7 +232,7 @@ def test_what_was_given_is_freed_once_it_is_copied():
 @pytest.mark.parametrize(
     ("anchor", "error", "message"),
     [
-        ({"other": torch.ones(2)}, ValueError, "named_parameters"),
+        ({"other": torch.ones(2)}, ValueError, "it has 'other', the optimizer 'theta'"),
         (
             {"theta": torch.ones(3)},
             ValueError,
@@ -249,6 +249,15 @@ def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, error, message):
     base = torch.optim.SGD([("theta", nn.Parameter(torch.zeros(2)))], lr=0.1)
     with pytest.raises(error, match=message):
         GapAware(base, mode="retain", anchor=anchor)
+
+
+def test_an_anchor_needs_the_names_that_the_optimizer_has():
+    model = nn.Linear(2, 1)
+    start, named = model.state_dict(), torch.compile(model).named_parameters()
+    with pytest.raises(ValueError, match=r"'_orig_mod\.weight'.*torch\.compile: model\._orig_mod"):
+        GapAware(torch.optim.SGD(named, lr=0.1), anchor=start)
+    with pytest.raises(ValueError, match=r"build that with model\.named_parameters\(\)"):
+        GapAware(torch.optim.SGD(model.parameters(), lr=0.1), anchor=start)
 
 
 @pytest.mark.parametrize("mode", ["escape", "observe"])

@@ -25,7 +25,7 @@ def build(**given):
         ("interval", 0, ValueError, "pass interval >= 1"),
         ("interval", -3, ValueError, "pass interval >= 1"),
         ("interval", 2.5, TypeError, "pass an integer"),
-        ("interval", "often", ValueError, "choose one of 'auto'"),
+        ("interval", "often", ValueError, 'pass "auto", or how many optimizer steps'),
         ("interval", None, TypeError, "pass an integer"),
         ("sketch_dim", 8, ValueError, "pass sketch_dim >= 64"),
         ("sketch_dim", 10**9, ValueError, "pass sketch_dim <= "),
@@ -74,6 +74,15 @@ def test_right_arguments_of_unusual_types(given):
     optimizer = build(**given)
     torch.save(optimizer.state_dict(), "/dev/null")
     assert type(optimizer.interval) is int
+
+
+@pytest.mark.parametrize(
+    ("mode", "argument"),
+    [("observe", "max_scale"), ("observe", "max_push"), ("retain", "max_push")],
+)
+def test_what_a_mode_never_does_is_refused_with_the_mode_that_does(mode, argument):
+    with pytest.raises(ValueError, match=f'{argument}=2: mode="{mode}" never .*mode="escape"'):
+        build(mode=mode, **{argument: 2})
 
 
 def test_only_the_base_is_positional():

@@ -139,6 +139,8 @@ def test_muon_ties_and_choices():
     assert len(muon(only).param_groups) == 1
     with pytest.raises(ValueError, match="nothing for Muon to do"):
         muon(nn.LayerNorm(3))
+    with pytest.raises(TypeError, match=r"model=generator: .*pass the model itself"):
+        muon(only.parameters())
 
 
 def test_muon_trains_as_its_parts_and_its_checkpoint_loads_into_them():
