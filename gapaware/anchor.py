@@ -74,8 +74,8 @@ class Anchor:
             theirs = [name for group in groups for name in group.get("param_names", ())]
             found = (
                 f"it has {arguments.some(list(self._source))}, the optimizer {arguments.some(theirs)}; if "
-                "they differ by a prefix, take both from the model inside the wrapper (DDP: model.module, torch.compile: "
-                "model._orig_mod), else pass a state dict of the same model"
+                "they differ by a prefix, take both from the model inside the wrapper (DDP: model.module, "
+                "torch.compile: model._orig_mod), else pass a state dict of the same model"
                 if theirs
                 else "build that with model.named_parameters(), which gives it names"
             )

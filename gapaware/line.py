@@ -164,8 +164,9 @@ def matched(
     if missing:
         raise ValueError(
             f"anchor: it lacks {arguments.some(missing)} of the model and has "
-            f"{arguments.some(list(start))}; if the names differ by a prefix, pass the model inside the wrapper (DDP: model.module, torch.compile: "
-            "model._orig_mod), and name in `fresh` what had no start"
+            f"{arguments.some(list(start))}; if the names differ by a prefix, pass the model inside the "
+            "wrapper (DDP: model.module, torch.compile: model._orig_mod), and name in `fresh` what had no "
+            "start"
         )
     return pairs
 
