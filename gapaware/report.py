@@ -61,8 +61,24 @@ def compare(runs: Sequence[Run], figure: str | os.PathLike[str]) -> Path:
     return write_figure(
         [records for *_, records in runs],
         figure,
-        names=[path.stem for path, *_ in runs],
+        names=titles([path for path, *_ in runs]),
         subtitles=[describe_settings(header) for _, header, _ in runs],
+    )
+
+
+def titles(paths: Sequence[Path]) -> list[str]:
+    """The names of the files, with as many folders as it takes to tell them apart.
+
+    Example:
+        >>> titles([Path("runs/a/log.jsonl"), Path("runs/b/log.jsonl")])
+        ['a/log', 'b/log']
+    """
+    parts = [path.absolute().with_name(path.stem).parts for path in paths]
+    named = (
+        ["/".join(part[-depth:]) for part in parts] for depth in range(1, max(map(len, parts)))
+    )
+    return next(
+        (names for names in named if len(set(names)) == len(names)), [p.stem for p in paths]
     )
 
 

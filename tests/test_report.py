@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.colors
@@ -13,7 +14,7 @@ from gapaware.cli import main
 from gapaware.figure import draw
 from gapaware.history import History
 from gapaware.panels import RED
-from gapaware.report import statistics, summarize, write_figure, write_report
+from gapaware.report import statistics, summarize, titles, write_figure, write_report
 from gapaware.spectrum import REGIME_BOUNDS
 
 HEADER = {"gapaware": "0.1.0", "schema": 1, "settings": {"mode": "auto", "target": None}}
@@ -336,6 +337,13 @@ def test_report_of_several_logs_names_them(tmp_path):
     assert text.startswith(f"{logs[0]}\nsettings    mode auto\n")
     assert f"\n\n{logs[1]}\n" in text
     assert (tmp_path / "both.svg").exists()
+
+
+def test_titles_tell_logs_of_one_name_apart():
+    paths = [Path("long/a/run.jsonl"), Path("long/b/run.jsonl"), Path("long/b/other.jsonl")]
+    assert titles(paths) == ["a/run", "b/run", "b/other"]
+    assert titles(paths[1:]) == ["run", "other"]
+    assert titles([paths[0], paths[0]]) == ["run", "run"]
 
 
 def test_command_prints_and_draws_beside_the_log(tmp_path, capsys):
