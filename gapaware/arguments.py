@@ -159,6 +159,24 @@ def floating(name: str, value: Any, *, why: str) -> Any:
     raise TypeError(f"{name}={value!r}: {why}; pass a floating-point torch.dtype")
 
 
+def module(name: str, value: Any) -> nn.Module:
+    """Return `value` if it is a module.
+
+    Raises:
+        TypeError: it is not.
+
+    Example:
+        >>> module("model", iter(nn.Linear(1, 1).parameters()))
+        Traceback (most recent call last):
+        TypeError: model=generator: not a torch.nn.Module; pass the model itself
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name}={type(value).__name__}: not a torch.nn.Module; pass the model itself"
+        )
+    return value
+
+
 def state_dict(name: str, value: Any) -> Mapping[str, Any]:
     """Return `value` if it is a state dict, and that of a module.
 

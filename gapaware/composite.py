@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gapaware import arguments
 from gapaware.delegation import Delegating, all_or_nothing
 
 if TYPE_CHECKING:
@@ -239,11 +240,7 @@ def muon(
     """
     from gapaware.optimizer import GapAware
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model={type(model).__name__}: not a torch.nn.Module; pass the model itself, since names and "
-            "kinds of layers tell which parameters are Muon's"
-        )
+    arguments.module("model", model)  # names and kinds of layers tell which parameters are Muon's
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }

@@ -41,7 +41,7 @@ class Distillation:
         temperature: T. Above 1 unlikely classes count too.
 
     Raises:
-        TypeError: `weights` has no tensors.
+        TypeError: `model` is no module, `answers` or `inputs` no function, or `weights` has no tensors.
         ValueError: strength or temperature is not positive, or `weights` lacks some or has other shapes.
 
     Example:
@@ -67,6 +67,17 @@ class Distillation:
         strength: float = 2.0,
         temperature: float = 2.0,
     ) -> None:
+        arguments.module("model", model)
+        if not callable(answers):
+            raise TypeError(
+                f"answers={type(answers).__name__}: not callable; pass a function of the model and a batch, such as "
+                "lambda model, x: model(x)"
+            )
+        if not (inputs is None or callable(inputs)):
+            raise TypeError(
+                f"inputs={type(inputs).__name__}: not callable; pass a function of the batch, such as "
+                "gapaware.scrambled"
+            )
         self.strength = arguments.positive("strength", strength, why="how much old answers count")
         self.temperature = arguments.positive("temperature", temperature, why="how soft they are")
         self._asked = _Asked(model, answers)

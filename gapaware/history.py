@@ -144,6 +144,11 @@ class History(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [pickle.loads(record) for record in list(self._records)[index]]
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"history[{index}]: there are {len(self)} records, one for each snapshot looked at; "
+                "the first comes some steps after training begins"
+            )
         record: Record = pickle.loads(self._records[index])
         return record
 

@@ -26,6 +26,9 @@ def starting_weights(
         device: where the copies go; "cpu" costs no memory of the GPU.
         dtype: of the copies, such as torch.bfloat16 for half the memory; by default the tensors' own.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Returns:
         The trainable parameters and the floating-point buffers, by their names in the state dict;
         tied ones once. Of DTensors the local shard, as a DTensor.
@@ -38,7 +41,7 @@ def starting_weights(
     """
     return {
         names[0]: tensor.detach().to(device, dtype, copy=True)
-        for names, tensor in _tensors(model)
+        for names, tensor in _tensors(arguments.module("model", model))
         if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
     }
 
@@ -149,6 +152,7 @@ def matched(
     """
     if isinstance(fresh, str):
         raise TypeError(f"fresh={fresh!r}: pass a sequence of names, such as fresh=[{fresh!r}]")
+    arguments.module("model", model)
     start = arguments.state_dict("anchor", anchor)
     unknown, pairs, missing = set(fresh), [], []
     for names, tensor in _tensors(model):

@@ -347,6 +347,8 @@ def test_an_exception_puts_the_trained_weights_back(call):
 def test_evaluate_has_to_return_a_number():
     model, anchor = trained()
     before = values(model)
+    with pytest.raises(TypeError, match=r"model=list: .*pass the model itself"):
+        starting_weights([model])
     with pytest.raises(TypeError, match="evaluate returned dict"):
         consolidate(model, anchor, lambda _: {"loss": 1.0})
     assert same(values(model), before)

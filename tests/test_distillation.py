@@ -233,6 +233,15 @@ def test_wrong_arguments_say_what_to_do(arguments, error, message):
         Distillation(two_heads(), old_answers, **arguments)
 
 
+def test_a_model_and_functions_are_asked_for_at_once():
+    with pytest.raises(TypeError, match=r"model=function: .*pass the model itself"):
+        Distillation(lambda x: x, old_answers)
+    with pytest.raises(TypeError, match=r"answers=int: not callable; pass a function of the model"):
+        Distillation(two_heads(), 3)
+    with pytest.raises(TypeError, match=r"inputs=Tensor: not callable; .*gapaware\.scrambled"):
+        Distillation(two_heads(), old_answers, inputs=torch.ones(2, 2))
+
+
 def test_single_numbers_are_refused():
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=r"shape \(4, 1\)"):

@@ -48,8 +48,10 @@ def test_is_a_bounded_read_only_sequence():
     assert [entry["step"] for entry in history[:2]] == [2, 3]
     assert history.limit == 3
     assert "3 of at most 3 records, steps 2-4" in repr(history)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"history\[3\]: there are 3 records"):
         history[3]
+    with pytest.raises(IndexError, match=r"history\[-1\]: there are 0 records"):
+        History()[-1]
     with pytest.raises(TypeError):
         history[0] = {}
 
