@@ -8,6 +8,7 @@ threads.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -26,9 +27,9 @@ from gapaware.worklist import Piece, parts
 
 Integers = npt.NDArray[np.int64]
 
-# rows of a tile, the accumulator being a matrix of 251 columns. A large tile reads long stretches of memory,
-# which are fetched ahead: of 88 rows as fast as `sum` reads, where 16 take a third longer. Small ones are for
-# many threads, each of which waits in the end for one tile of another
+# rows of a tile, the accumulator being a matrix of 251 columns. A large tile reads long stretches,
+# which are fetched ahead: of 88 rows as fast as `sum` reads, where 16 take a third longer. Small ones are
+# for many threads, each of which waits in the end for one tile of another
 LEAST_ROWS, MOST_ROWS = 16, 88
 TILES_PER_THREAD = 3
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,7 +37,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 LARGE = 2**16
 
 _ADD_UP = types.void(types.voidptr)
-_FOLD = types.void(types.float64[::1], types.uint32[::1], types.int64, types.float64[::1])
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Plan:
     low_precision: bool
     size: int
     reach: int
+
+    @cached_property
+    def tables(self) -> tuple[int, ...]:
+        """Addresses of the arrays."""
+        return tuple(table.ctypes.data for table in (self.items, self.flushed, self.block))
 
 
 def plan(
@@ -127,25 +132,27 @@ class Loop:
         self._minus = (sign_table(seed) < 0).astype(np.uint8) << 7
         self._bucket = buckets(dim, seed).astype(np.uint32)
         self._sums = np.empty((DEPTH + MOST_ROWS) * WIDTH)
+        self._tables = [table.ctypes.data for table in (self._minus, self._bucket, self._sums)]
+        self._entry = _add_up.ctypes
 
     def __call__(self, row: Plan) -> tuple[Tensor, Tensor]:
         """The sketch of a row, float64, (dim,), and the short ones of its blocks, (blocks·WIDTH,)."""
         threads = min(1 + row.size // LARGE, torch.get_num_threads())
         rows = min(max(-(-DEPTH // (threads * TILES_PER_THREAD)), LEAST_ROWS), MOST_ROWS)
         tiles = -(-row.reach // (rows * WIDTH))
-        shares = np.zeros((tiles, row.blocks, WIDTH))
-        tables = (row.items, row.flushed, row.block, self._minus, self._sums, shares)
-        numbers = [0, tiles, rows * WIDTH, len(row.items), row.blocks, row.low_precision]
-        argument = np.array(numbers + [table.ctypes.data for table in tables])
+        sketch = torch.zeros(self._dim, dtype=torch.float64, device="cpu")
+        shares = torch.zeros(row.blocks * WIDTH, dtype=torch.float64, device="cpu")
+        by_tile = torch.empty(tiles * row.blocks * WIDTH, dtype=torch.float64, device="cpu")
+        results = [found.data_ptr() for found in (sketch, shares, by_tile)]
+        numbers = [0, 0, tiles, rows * WIDTH, row.reach, row.blocks, row.low_precision]
+        argument = np.array([*numbers, len(row.items), *row.tables, *self._tables, *results])
         on_threads(
-            _add_up.ctypes,
+            self._entry,
             argument.ctypes.data,
             threads=min(threads, tiles),
-            kept=(argument, tables),
+            kept=(argument, self, row, sketch, shares, by_tile),
         )
-        sketch = np.zeros(self._dim)
-        _fold(self._sums, self._bucket, row.reach, sketch)
-        return torch.from_numpy(sketch), torch.from_numpy(shares.sum(0).reshape(-1))
+        return sketch, shares
 
 
 def _with(compiler: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
@@ -177,7 +184,8 @@ def _next(context: Any, address: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = ir.Constant(ir.IntType(64), 1)
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, one, "monotonic")
+        # what the others wrote before they added theirs can be read after it
+        return builder.atomic_rmw("add", pointer, one, "acq_rel")
 
     return types.int64(types.int64), build
 
@@ -219,17 +227,27 @@ def _add_part(low, words, minus, flip):  # type: ignore[no-untyped-def]  # pragm
         low[i] += _signed(words[i], minus[i], flip)
 
 
+@_with(numba.njit)
+def _fold(sums, bucket, sketch):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Add sums to their buckets."""
+    for place in range(len(sums)):
+        sketch[bucket[place]] += sums[place]
+
+
 @_with(numba.cfunc, sig=_ADD_UP)
 def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Add all parts to the sums of one tile after another, until there is none left."""
-    numbers = numba.carray(argument, 12, np.int64)
-    tiles, size, parts, blocks, low_precision = numbers[1:6]
-    items = numba.carray(_at(numbers[6]), (parts, 2), np.int64)
-    flushed = numba.carray(_at(numbers[7]), parts, np.bool_)
-    block = numba.carray(_at(numbers[8]), parts, np.int64)
-    minus = numba.carray(_at(numbers[9]), 2 * CHUNK, np.uint8)
-    sums = numba.carray(_at(numbers[10]), (tiles, size), np.float64)
-    shares = numba.carray(_at(numbers[11]), (tiles, blocks, WIDTH), np.float64)
+    """Add all parts to the sums of tile after tile, until there is none left; who ends last, folds."""
+    numbers = numba.carray(argument, 17, np.int64)
+    tiles, size, reach, blocks, low_precision, parts = numbers[2:8]
+    items = numba.carray(_at(numbers[8]), (parts, 2), np.int64)
+    flushed = numba.carray(_at(numbers[9]), parts, np.bool_)
+    block = numba.carray(_at(numbers[10]), parts, np.int64)
+    minus = numba.carray(_at(numbers[11]), 2 * CHUNK, np.uint8)
+    bucket = numba.carray(_at(numbers[12]), CHUNK, np.uint32)
+    sums = numba.carray(_at(numbers[13]), tiles * size, np.float64)
+    sketch = numba.carray(_at(numbers[14]), CHUNK, np.float64)
+    shares = numba.carray(_at(numbers[15]), blocks * WIDTH, np.float64)
+    by_tile = numba.carray(_at(numbers[16]), (tiles, blocks * WIDTH), np.float64)
     low = np.empty(size, np.float32)
     before = np.empty(WIDTH)
     while True:
@@ -237,15 +255,17 @@ def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
         if tile >= tiles:
             break
         base = tile * size
-        high = sums[tile]
+        high = sums[base : base + size]
+        share = by_tile[tile].reshape(blocks, WIDTH)
         high[:] = 0
+        share[:] = 0
         low[:] = 0
         before[:] = 0
         entered = -1  # the block that something was added for since `before`
         for n in range(parts):
             if flushed[n]:
                 if entered >= 0:
-                    _leave(low, before, shares[tile, entered])
+                    _leave(low, before, share[entered])
                     entered = -1
                 for i in range(size):
                     high[i] += low[i]
@@ -258,7 +278,7 @@ def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
                 continue
             if entered != block[n]:
                 if entered >= 0:
-                    _leave(low, before, shares[tile, entered])
+                    _leave(low, before, share[entered])
                 entered = block[n]
             into = low[begin - base : end - base]
             sign = minus[(packed >> 34 & 0x1FFFF) + begin :]
@@ -270,13 +290,11 @@ def _add_up(argument):  # type: ignore[no-untyped-def]  # pragma: no cover
                 words = numba.carray(_at(address + 4 * begin), end - begin, np.uint32)
                 _add_part(into, words, sign, flip)
         if entered >= 0:
-            _leave(low, before, shares[tile, entered])
+            _leave(low, before, share[entered])
         for i in range(size):
             high[i] += low[i]
-
-
-@_with(numba.njit, signature_or_function=_FOLD)
-def _fold(sums, bucket, reach, sketch):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Add sums to their buckets."""
-    for place in range(reach):
-        sketch[bucket[place]] += sums[place]
+        if _next(numbers.ctypes.data + 8) == tiles - 1:
+            _fold(sums[:reach], bucket, sketch)
+            for one in by_tile:
+                for i in range(len(one)):
+                    shares[i] += one[i]

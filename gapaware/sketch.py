@@ -198,6 +198,8 @@ class CountSketch:
             numbers = [None] * len(rows) if key is None else range(len(rows))
             given = zip(rows, stretches, numbers, strict=True)
             found = [self._row(loop, p, device, ends, row, resident) for p, ends, row in given]
+            if len(found) == 1:
+                return found[0][0][None], found[0][1]
             sketches, shares = zip(*found, strict=True)
             return torch.stack(sketches), torch.cat(shares)
         if device not in self._fused:
