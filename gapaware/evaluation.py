@@ -51,6 +51,10 @@ class Evaluating(Resumable):
             finally:
                 self._note()
 
+    def _copies(self) -> bool:
+        """Whether there are copies of weights, that those which others write make worthless."""
+        return self._push.holds or self._average.holds
+
     def _notice(self) -> None:
         """Let go of copies of what somebody has written since: a best model that was loaded, say."""
         for place, parameter in self._written.since(self.base.param_groups):
@@ -59,7 +63,7 @@ class Evaluating(Resumable):
 
     def _note(self) -> None:
         """What is written from now on is written by others."""
-        if self._push.holds or self._average.holds:
+        if self._copies():
             self._written.note(self.base.param_groups)
         else:
             self._written = Written()

@@ -242,8 +242,9 @@ class GapAware(Evaluating):
             # apart: a rank that fails here has to meet the others in the snapshot all the same
             with self._guarded("the starting weights"):
                 self._anchor.start(self.base.param_groups)
-        with self._guarded("weights that others wrote"):
-            self._notice()
+        if self._copies():
+            with self._guarded("weights that others wrote"):
+                self._notice()
         with self._guarded("the first snapshot"):
             if self._fresh:
                 if self._steps == 0:
@@ -275,7 +276,10 @@ class GapAware(Evaluating):
         return [row.name for row in rows]
 
     def _move(self, by_group: list[Scales], by_parameter: dict[int, Scales] | None = None) -> None:
-        """What moves the weights beside the wrapped optimizer."""
+        """What moves the weights beside the wrapped optimizer: nothing, at most steps."""
+        neutral = by_parameter is None and all(scales.neutral for scales in by_group)
+        if neutral and self._anchor is None and not self._copies():
+            return
         if self._anchor is not None:
             with self._guarded("the pull towards the start"):
                 self._anchor.pull(self.base.param_groups, by_group, by_parameter)
