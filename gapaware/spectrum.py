@@ -114,8 +114,11 @@ def gap_position(sigma: Array, *, weighted: bool = True) -> int:
         >>> gap_position(sigma), gap_position(sigma, weighted=False)
         (2, 3)
     """
-    ratios = gap_ratios(sigma)
-    return int(np.argmax(sigma[:-1] * ratios if weighted else ratios)) + 1
+    return _position(sigma, gap_ratios(sigma), weighted=weighted)
+
+
+def _position(sigma: Array, ratios: Array, *, weighted: bool) -> int:
+    return int((sigma[:-1] * ratios if weighted else ratios).argmax()) + 1
 
 
 def gap_ratios(sigma: Array) -> Array:
@@ -217,7 +220,8 @@ def spectrum(
     gram = extended[1:, 1:]
     energy = float(gram.trace())
     sigma, directions = decompose(gram)
-    k = gap_position(sigma)
+    ratios = gap_ratios(sigma)
+    k = _position(sigma, ratios, weighted=True)
     gap = float(sigma[k - 1] - sigma[k])
     change = _change(extended)
     a = _ratio(change, gap)
@@ -230,8 +234,8 @@ def spectrum(
     return Spectrum(
         sigma=sigma,
         gap_position=k,
-        gap_position_thesis=gap_position(sigma, weighted=False),
-        gap_ratio=float(gap_ratios(sigma)[k - 1]),
+        gap_position_thesis=_position(sigma, ratios, weighted=False),
+        gap_ratio=float(ratios[k - 1]),
         gap=gap,
         g23=float(sigma[1] ** 2 - sigma[2] ** 2),
         change=change,
