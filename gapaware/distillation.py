@@ -70,7 +70,7 @@ class Distillation:
         arguments.module("model", model)
         if not callable(answers):
             raise TypeError(
-                f"answers={type(answers).__name__}: not callable; pass a function of the model and a batch, "
+                f"answers={type(answers).__name__}: not callable; pass a function of model and batch, "
                 "such as lambda model, x: model(x)"
             )
         if not (inputs is None or callable(inputs)):
