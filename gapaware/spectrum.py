@@ -6,6 +6,7 @@ the same figures from the updates themselves.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def _position(sigma: Array, ratios: Array, *, weighted: bool) -> int:
 
 def gap_ratios(sigma: Array) -> Array:
     """σ_j/σ_{j+1} for j = 1 … W − 1; σ below what float64 Gram matrices resolve count as that limit."""
-    resolved = np.maximum(sigma, sigma[0] * np.sqrt(_RESOLUTION))
+    resolved = np.maximum(sigma, sigma[0] * sqrt(_RESOLUTION))
     return np.asarray(resolved[:-1] / resolved[1:])
 
 
@@ -142,7 +143,8 @@ def adiabaticity(extended: Array) -> float:
 
 
 def _change(extended: Array) -> float:
-    return float(np.linalg.norm(extended[1:, 1:] - extended[:-1, :-1]))
+    difference = (extended[1:, 1:] - extended[:-1, :-1]).ravel()
+    return sqrt(difference.dot(difference))
 
 
 def _ratio(change: float, gap: float) -> float:
@@ -174,10 +176,10 @@ def stability(extended: Array, sigma: Array, directions: Array) -> Array:
     sigma_before, directions_before = decompose(extended[:-1, :-1])
     overlap = np.einsum("aj,ab,bj->j", directions, extended[1:, :-1], directions_before)
     norm = sigma * sigma_before
-    resolved = norm > norm[0] * np.sqrt(_RESOLUTION)
-    alpha = np.full_like(sigma, np.nan)
+    resolved = norm > norm[0] * sqrt(_RESOLUTION)
+    alpha = np.full(len(sigma), np.nan)
     alpha[resolved] = np.abs(overlap[resolved] / norm[resolved])
-    return np.clip(alpha, 0.0, 1.0)
+    return np.minimum(alpha, 1.0)
 
 
 def spectrum(
@@ -212,7 +214,7 @@ def spectrum(
     """
     if not np.isfinite(extended).all():
         raise ValueError("the window holds NaN or infinite updates")
-    moved = np.flatnonzero(np.diag(extended) > 0)[-(window + 1) :]
+    moved = (extended.diagonal() > 0).nonzero()[0][-(window + 1) :]
     if len(moved) < MIN_UPDATES:
         return None
     kept = np.ix_(moved, moved) if len(moved) < len(extended) else ...
@@ -245,5 +247,5 @@ def spectrum(
         effective_rank=effective_rank(sigma),
         coherence=float(gram.sum()) / energy,
         decay_share=share,
-        update_norm=float(np.sqrt(energy / len(gram))),
+        update_norm=sqrt(energy / len(gram)),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from math import log, sqrt
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ class Steering:
                 raise ControllerFault(f"{type(error).__name__}: {error}") from error
             after = decision.scales(self._low, self._high, self.max_push)
             decided[name] = (after, decision.memory)
-            size = abs(np.log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
+            size = abs(log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
             largest = max(largest, (size, action(before.lr, after.lr), decision.why))
             if decision.interval is not None:
                 intervals.append(int(decision.interval))
@@ -179,7 +180,7 @@ class Steering:
         factors = self.scales(name)
         weight_norm = float("inf")
         if sighting.squared_norms is not None:
-            weight_norm = float(np.sqrt(sighting.squared_norms.result().numpy()[rows].sum()))
+            weight_norm = sqrt(sighting.squared_norms.result().numpy()[rows].sum())
         seen = spectrum(
             chosen[UPDATE, UPDATE],
             lr=lr * factors.lr,
