@@ -179,7 +179,7 @@ def stability(extended: Array, sigma: Array, directions: Array) -> Array:
     resolved = norm > norm[0] * sqrt(_RESOLUTION)
     alpha = np.full(len(sigma), np.nan)
     alpha[resolved] = np.abs(overlap[resolved] / norm[resolved])
-    return np.minimum(alpha, 1.0)
+    return np.asarray(np.minimum(alpha, 1.0))
 
 
 def spectrum(
