@@ -14,11 +14,15 @@ from dataclasses import replace
 from benchmarks.tasks import (
     Task,
     adding,
+    autoencoder,
+    breast_cancer,
+    char_gru,
     char_lm,
     completion,
     deep_tanh,
     digits,
     dyck,
+    induction,
     linear_attention,
     minilm,
     mnist,
@@ -27,6 +31,8 @@ from benchmarks.tasks import (
     permutations,
     relu,
     scan,
+    staircase,
+    state_tracking,
 )
 
 LOOKED_AT = frozenset({"char-lm-lr-30", "char-lm-lr-100", "relu-orthogonal-wide"})
@@ -91,6 +97,10 @@ PLATEAUS = _marked(
     permutations.S5,
     adding.ADAMW,
     deep_tanh.MUON,
+    induction.ADAMW,
+    staircase.SGD,
+    autoencoder.SGD,
+    state_tracking.MUON,
 )
 OTHERS = _marked(
     mnist.CNN,
@@ -101,6 +111,8 @@ OTHERS = _marked(
     digits.DIGITS,
     char_lm.CHAR_LM,
     minilm.TWEETS,
+    breast_cancer.ADAMW,
+    char_gru.GRU,
 )
 TASKS: dict[str, Task] = {task.name: task for task in (*PLATEAUS, *OTHERS)}
 PLATEAU_NAMES = tuple(task.name for task in PLATEAUS)

@@ -1,5 +1,6 @@
 """The benchmarks' tasks, rivals and statistics, at a size for every day."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -26,15 +27,20 @@ from benchmarks.suite import OTHERS, PLATEAUS, TASKS, TUNED_ON
 from benchmarks.tasks import (
     Training,
     adding,
+    autoencoder,
+    breast_cancer,
     completion,
     deep_tanh,
     dyck,
+    induction,
     linear_attention,
     mnist,
     modular,
     parity,
     permutations,
     scan,
+    staircase,
+    state_tracking,
 )
 
 # -- tasks ---------------------------------------------------------------------------------------
@@ -168,6 +174,56 @@ def test_deep_tanh_first_gradients_vanish():
     training.loss().backward()
     first = training.model.hidden0.weight.grad.norm()
     assert first < 0.1 * training.model.output.weight.grad.norm()
+
+
+def test_induction_asks_for_what_came_after_the_only_such_token():
+    sequences, answers = induction.examples(500, torch.Generator().manual_seed(0))
+    before, asked = sequences[:, :-1], sequences[:, -1:]
+    assert (before.sort(1).values.diff() > 0).all()
+    assert torch.equal(sequences[:, 1:][before == asked], answers)
+    assert Counter((before == asked).int().argmax(1).tolist()).keys() == set(range(11))
+
+
+def test_a_staircase_has_equal_steps_that_no_single_sign_but_the_first_tells_of():
+    signs, sums = staircase.examples(4000, torch.Generator().manual_seed(0))
+    seen = (signs * sums[:, None]).mean(0)
+    assert seen[0].item() == pytest.approx(1, abs=0.15)
+    assert seen[1:].abs().max() < 0.15  # five standard deviations
+    for products in (signs[:, :3].prod(1), signs[:, :5].prod(1)):
+        assert (products * sums).mean().item() == pytest.approx(1, abs=0.15)
+    assert sums.square().mean().item() == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_autoencoder_needs_six_components(seed):
+    train, test = autoencoder.centred(seed)
+    directions = torch.linalg.svd(train)[2]
+    left = [(test - test @ directions[:k].T @ directions[:k]).square().mean() for k in (5, 6)]
+    assert left[1] < autoencoder.SGD.target < left[0]
+    untrained = autoencoder.autoencoder(seed).evaluate(False)[0]
+    assert untrained == pytest.approx(test.square().mean().item(), rel=1e-3)
+
+
+def test_states_are_tracked_from_the_left():
+    words, products = state_tracking.examples(50, torch.Generator().manual_seed(0))
+    group = list(itertools.permutations(range(3)))
+    state = products[0].tolist()
+    assert state == words[0].tolist()
+    for word, product in zip(words[1:].tolist(), products[1:].tolist(), strict=True):
+        state = [
+            group.index(tuple(group[before][i] for i in group[next_]))
+            for before, next_ in zip(state, word, strict=True)
+        ]
+        assert state == product
+
+
+def test_tumours_are_split_and_scaled_by_those_trained_on():
+    train, labels, test, test_labels = breast_cancer.data(0)
+    assert train.shape == (300, 30)
+    assert torch.allclose(train.mean(0), torch.zeros(30), atol=1e-5)
+    assert torch.allclose(train.std(0), torch.ones(30), atol=1e-5)
+    assert len(torch.cat((train, test)).unique(dim=0)) == 569
+    assert torch.cat((labels, test_labels)).sum() == 357  # benign
 
 
 def test_linear_attention_can_reach_its_target():
