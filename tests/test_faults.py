@@ -548,7 +548,7 @@ def test_arguments_that_would_be_ignored_are_not():
         GapAware(torch.optim.SGD([p], lr=0.1), mode="observe", controller=lambda seen: 1.0)
     with pytest.raises(ValueError, match=r'max_scale=64.*mode="observe"'):
         GapAware(torch.optim.SGD([p], lr=0.1), mode="observe", max_scale=64)
-    with pytest.raises(ValueError, match=r'max_push=1.*mode="retain"; pass 0 <= max_push <= 0'):
+    with pytest.raises(ValueError, match=r'max_push=1.*mode="retain"'):
         GapAware(torch.optim.SGD([p], lr=0.1), mode="retain", max_push=1)
     with pytest.warns(
         UserWarning, match="never raise the learning rate; pass interval=.auto. or at least 2"
