@@ -3,8 +3,10 @@
 What was tried on the way to it is in benchmarks/LOG.md.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -40,14 +42,16 @@ LENGTHENING = 1.1
 PROBING = 1.16
 RETREAT = 0.9
 LEAP = 2.0
-PATIENCE = 100
+PATIENCE = 30
 RETURN = 0.9
-BRAKE = 0.8
+BRAKE = 0.78
 DESCENT = 1.12
+STRANDED, AT_THE_TOP = 15, 0.9
 # what holds growth
 QUIET = 3.0
 ANNEALED = 0.5
 STRIDE, FIRST_STRIDE = 0.15, 0.5
+AHEAD = 4
 # where nothing happens: windows of it until snapshots are further apart, and by how much
 REST, RESTING = 4, 2
 # after a spike
@@ -79,13 +83,15 @@ def drift_law(observation: Observation) -> Decision:
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
         f · probing^n                           where the loss has stood still for half of the run
+        f · retreat^n                           where it has, and did in 15 snapshots at the largest f;
+                                                down to 1, from where it is tried upwards again
         f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls or with a pull
         f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
-    shrink, for 100 snapshots at f > 1 in all. Once it has risen further, f comes back by a tenth at a time
+    shrink, for 30 snapshots at f > 1 in all. Once it has risen further, f comes back by a tenth at a time
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
     weights nothing leaps.
 
@@ -97,11 +103,14 @@ def drift_law(observation: Observation) -> Decision:
     f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back
     as momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by
     half of it while the loss is where the run began and every update goes the same way; and it stays once
-    the schedule has come down below half of its peak.
+    the schedule has come down below half of its peak. If updates have lengthened by more than f explains
+    (SGD, not Adam), steps follow the gradient, and off a saddle that grows faster than snapshots show it:
+    then half of the norm is for a whole update, and for the fourth one from now if they go on to lengthen
+    like that; f comes down by half at most at a time for it.
 
     Where neither weight decay nor a pull takes back what larger steps add to the weights, the way down from
     the plateau is taken with care, so that the run ends near the solution that it would have found alone:
-    where the loss falls by more than 10 % a snapshot f comes down, to 4/5 each time, and once it is 40 %
+    where the loss falls by more than 10 % a snapshot f comes down, by 22 % each time, and once it is 40 %
     below where the run began f grows by 12 % a third at most.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
@@ -149,14 +158,17 @@ def _decide(observation: Observation) -> Decision:
         return Decision(observation.scale, why, memory=memory)
     trend = trend or Trend()
     explored = int(memory.get("explored", 0))
-    memory |= _exploration(observation, trend)
+    memory |= _exploration(observation, trend) | _stranding(observation, trend)
     # by more than a learning rate explains: nothing bounds the steps of this optimizer
     lengthened = bool(memory.get("lengthened")) or motion.newest.growth >= LENGTHENING
     memory["lengthened"] = lengthened
     hurry = trend.close and not lengthened and not observation.pull
+    coherent = motion.coherence > COHERENT
     factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
-    certain = trend.unmoved and motion.coherence > COHERENT
+    certain = trend.unmoved and coherent
     limit = _limit(observation, FIRST_STRIDE if certain else STRIDE)
+    if lengthened and coherent and (certain or trend.unknown):
+        limit = min(limit, _limit_ahead(observation))
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
     if factor > limit:
@@ -272,6 +284,8 @@ def _wanted(
         return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
+    if motion.full and trend.flat and _is_stranded(observation.memory):
+        return min(factor, RETREAT**thirds), "the loss stands still at so large a factor, back"
     if motion.full and trend.flat and factor < PROBING**thirds:
         return PROBING**thirds, "the loss stands still, grow"
     return factor, why
@@ -306,6 +320,24 @@ def _exploration(observation: Observation, trend: Trend) -> dict[str, float | bo
     return {"explored": explored, "reach": reach, "lost": lost}
 
 
+def _stranding(observation: Observation, trend: Trend) -> dict[str, int]:
+    """Snapshots in which the loss stood still at the largest factor; kept, once too many, until f is 1."""
+    memory = observation.memory
+    stranded = int(memory.get("stranded", 0))
+    if observation.scale <= 1:
+        stranded = 0
+    elif not _is_stranded(memory):
+        top = min(float(memory.get("ceiling", observation.max_scale)), observation.max_scale)
+        still = trend.flat or trend.lifted
+        stranded = (stranded + (observation.scale >= AT_THE_TOP * top)) if still else 0
+    return {"stranded": stranded}
+
+
+def _is_stranded(memory: Mapping[str, Any]) -> bool:
+    """Whether a plateau may be one that the factor has made."""
+    return int(memory.get("stranded", 0)) > STRANDED
+
+
 def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:
     thirds = _thirds(observation)
     if seen.certain > observation.target:
@@ -329,6 +361,26 @@ def _limit(observation: Observation, stride: float) -> float:
     step /= 1 + float(observation.memory.get("push", 0.0))
     factor_then = float(observation.scales[-1])
     return stride * observation.weight_norm / step * factor_then / observation.scale
+
+
+def _limit_ahead(observation: Observation) -> float:
+    """The factor on f that leaves room for updates that lengthen until they are seen.
+
+    A decision acts an interval after its snapshot, and with momentum the updates show late what gradients
+    do; where each step is a snapshot, without momentum, neither is late.
+    """
+    span = float(max(observation.spans[-1], observation.interval))
+    limit = _limit(observation, FIRST_STRIDE / span)
+    if span == 1:
+        return limit
+    return min(limit, max(limit / _lengthening(observation) ** AHEAD, SETBACK))
+
+
+def _lengthening(observation: Observation) -> float:
+    """The newest update's length over the longest other's, per step and learning rate; at least 1."""
+    distances = observation.lrs * observation.scales * observation.spans
+    *others, newest = np.sqrt(np.diag(observation.gram)) / distances
+    return max(1.0, float(newest / max(others)))
 
 
 def _push(observation: Observation, motion: _Motion, scale: float) -> float:

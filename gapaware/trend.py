@@ -68,6 +68,11 @@ class Trend:
         return Trend(recent, means, width, total, count)
 
     @property
+    def unknown(self) -> bool:
+        """Whether nobody logs a loss."""
+        return not self.recent
+
+    @property
     def falls(self) -> bool:
         """Whether the second half of the recent losses is below the first by more than its error."""
         change, error = self._recently()

@@ -26,6 +26,7 @@ from gapaware.law import (
     RETREAT,
     RETURN,
     SOONEST,
+    STRANDED,
     STRIDE,
     WANDERING,
     WINDOW_GROWTH,
@@ -399,6 +400,88 @@ def test_a_loss_that_stands_still_lets_noise_grow():
     assert drift_law(warming).scale == 1.0
     cooling = {**flat, "highest_lr": 3e-3}
     assert drift_law(observe(updates(0.0), loss=2.3, memory=cooling)).scale == 1.0
+
+
+def test_a_plateau_that_a_large_factor_makes_is_left_downwards():
+    """At 64 times its learning rate a run may stand still for that very reason (log, permutations)."""
+    flat = trend(*np.linspace(2.6, 2.3, 150), *(2.3 + NOISE))
+    seen = {"loss": 2.3, "scale": 64.0}
+    memory, scales = flat, []
+    for _ in range(STRANDED + 2):
+        decision = drift_law(observe(updates(0.0), memory=memory, **seen))
+        memory = {**decision.memory, **flat}
+        scales.append(decision.scale)
+    assert scales[: STRANDED + 1] == [64.0] * (STRANDED + 1)
+    assert scales[-1] <= 64.0 * RETREAT  # less where drift is not above noise
+    assert "so large a factor" in decision.why
+    # all the way, though it is no longer at the top
+    down = drift_law(observe(updates(0.0), loss=2.3, scale=3.0, memory=memory))
+    assert down.scale <= 3.0 * RETREAT
+    # as soon as the loss moves nothing is taken away
+    falling = {**memory, **trend(*np.linspace(2.6, 1.8, 150))}
+    assert drift_law(observe(updates(0.0), loss=1.8, scale=3.0, memory=falling)).scale == 3.0
+    # and from 1 it is tried again
+    there = drift_law(observe(updates(0.0), loss=2.3, scale=1.0, memory=memory))
+    up = drift_law(observe(updates(0.0), loss=2.3, memory={**there.memory, **flat}))
+    assert up.scale == pytest.approx(PROBING)
+    # time at a factor in between does not count
+    below = {**flat, "stranded": 3}
+    assert (
+        drift_law(observe(updates(0.0), loss=2.3, scale=8.0, memory=below)).memory["stranded"] == 3
+    )
+    assert (
+        drift_law(observe(updates(0.0), loss=2.3, scale=60.0, memory=below)).memory["stranded"] == 4
+    )
+
+
+def test_steps_that_lengthen_off_a_saddle_leave_room_until_they_are_seen():
+    """Nothing bounds the steps of SGD: what a snapshot shows is late by an interval and by momentum."""
+    unmoved = trend(*(2.6 + NOISE[:40]))
+
+    def decide(growth, **more):
+        x = np.ones((W + 1, 1)) * updates(0.0, 1)
+        x *= growth ** np.arange(W + 1)[:, None]
+        # a step without regard to what comes may move the weights by half of their norm
+        norm = np.linalg.norm(x[-1]) / SPAN / more.pop("share")
+        described = {"loss": 2.6, "memory": unmoved, "weight_norm": norm, "scale": 8.0}
+        return drift_law(observe(x, **{**described, **more})).scale / 8.0
+
+    # steps that keep their length may grow to a tenth of the norm each, half of it an update
+    lengthened = {**unmoved, "lengthened": True}
+    assert decide(1.0, share=0.09, memory=lengthened) == pytest.approx(1 / 0.9)
+    assert decide(1.0, share=0.2, memory=lengthened) == pytest.approx(0.5)
+    # where they do not lengthen at all the optimizer bounds them, and there is more room
+    assert decide(1.0, share=0.2) > 1
+    # those that lengthen are too long four updates later
+    assert decide(1.2, share=0.04) == pytest.approx(0.1 / 0.04 / 1.2**4)
+    assert decide(1.6, share=0.04) == 0.5
+    # a snapshot at every step is not late
+    every_step = {"spans": np.ones(W + 1), "interval": 1, "momentum_memory": 2}
+    assert decide(1.2, share=0.01, **every_step) > 1
+    # nor is there a first plateau once the loss has moved
+    moved = trend(*np.linspace(2.6, 2.0, 40))
+    assert decide(1.2, share=0.12, loss=2.0, memory=moved) >= 1
+    # who logs no loss is careful all along
+    assert decide(1.2, share=0.06, loss=None, memory={}) == pytest.approx(0.1 / 0.06 / 1.2**4)
+
+
+def test_sgd_survives_the_end_of_a_deep_saddle():
+    """Without room for steps that lengthen eleven of twelve such runs ended in NaN."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        target = torch.randn(16, 2) @ torch.randn(2, 16)
+        factors = [torch.nn.Parameter(0.03 * torch.randn(16, 16)) for _ in range(3)]
+        optimizer = GapAware(torch.optim.SGD(factors, lr=0.1, momentum=0.9))
+        losses = []
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss = (torch.linalg.multi_dot(factors) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.log(loss=loss)
+            losses.append(loss.item())
+        assert max(record["scale"] for record in optimizer.history) > 4
+        assert losses[-1] < 0.1 * losses[0]
 
 
 def test_under_a_pull_little_drift_takes_nothing_away():
