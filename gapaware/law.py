@@ -42,6 +42,7 @@ LENGTHENING = 1.1
 PROBING = 1.16
 RETREAT = 0.9
 LEAP = 2.0
+FAR = 16.0
 PATIENCE = 30
 RETURN = 0.9
 BRAKE = 0.78
@@ -93,7 +94,8 @@ def drift_law(observation: Observation) -> Decision:
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink, for 30 snapshots at f > 1 in all. Once it has risen further, f comes back by a tenth at a time
     until the loss does, and may leap again to half of where that began. With a pull towards the starting
-    weights nothing leaps.
+    weights nothing leaps. That the loss stands still is no more than a guess at what f may be, and weights
+    may be spoilt by a wrong one before the loss has moved: by it alone f goes to 16 at most.
 
     Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
     thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if
@@ -113,9 +115,9 @@ def drift_law(observation: Observation) -> Decision:
     where the loss falls by more than 10 % a snapshot f comes down, by 22 % each time, and once it is 40 %
     below where the run began f grows by 12 % a third at most.
 
-    Where the newest update is twice as long as the others, and turns, f was too large: it goes to half of
-    the largest factor in the window and stays below that ceiling, which rises by 1.5 % at a time after the
-    first such spike, by half of that after the second, and so on.
+    Where the newest update is twice as long as the others, and turns, f was too large: it goes to the root
+    of the largest factor in the window, half of it at most, and stays below that ceiling, which rises by
+    1.5 % at a time after the first such spike, by half of that after the second, and so on.
 
     Where f is half of `max_scale` or more, and has been for half of what the window holds, and q > 0.2, the
     weights are pushed along their recent steps, ever more up to `max_push` and until q < 0.1. As the push
@@ -175,7 +177,7 @@ def _decide(observation: Observation) -> Decision:
         factor, why = limit, "steps as large as the weights allow"
     ceiling = _ceiling(observation, motion.newest)
     if ceiling["spikes"] > int(memory.get("spikes", 0)):
-        why = "updates jump and turn, back to half"
+        why = "updates jump and turn, back"
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
     push = _push(observation, motion, scale)
@@ -275,7 +277,7 @@ def _wanted(
             return min(factor, BRAKE**thirds), "the loss falls fast, back"
         return min(factor, 1.0), "the loss falls fast, hold"
     if trend.lifted and explored < PATIENCE:
-        reach = float(observation.memory.get("reach", observation.max_scale)) / observation.scale
+        reach = min(FAR, float(observation.memory.get("reach", FAR))) / observation.scale
         leap = 1.0 if observation.pull else max(1.0, min(LEAP**thirds, reach))
         return _on_the_first_plateau(trend, leap, factor, why)
     if trend.lost and explored and observation.scale > 1:
@@ -287,7 +289,8 @@ def _wanted(
     if motion.full and trend.flat and _is_stranded(observation.memory):
         return min(factor, RETREAT**thirds), "the loss stands still at so large a factor, back"
     if motion.full and trend.flat and factor < PROBING**thirds:
-        return PROBING**thirds, "the loss stands still, grow"
+        probing = min(PROBING**thirds, max(1.0, FAR / observation.scale))
+        return probing, "the loss stands still, grow"
     return factor, why
 
 
@@ -404,7 +407,8 @@ def _ceiling(observation: Observation, seen: Newest) -> dict[str, float]:
     spikes, known_until = int(memory.get("spikes", 0)), float(memory.get("known_until", 0.0))
     jumps = seen.growth > SPIKE_GROWTH and seen.alignment < SPIKE_ALIGNMENT
     if jumps and observation.scale > 1 and observation.step >= known_until:
-        ceiling = max(1.0, SETBACK * float(observation.scales.max()))
+        top = float(observation.scales.max())
+        ceiling = max(1.0, min(SETBACK * top, top**0.5))
         # the same spike stays in the window
         known_until, spikes = observation.step + float(observation.spans.sum()), spikes + 1
     else:

@@ -14,6 +14,7 @@ from gapaware.law import (
     DESCENT,
     DRIFT_TARGET,
     EARLY,
+    FAR,
     FEWEST,
     FIRST_STRIDE,
     GROWTH,
@@ -309,26 +310,27 @@ def spike():
     return x
 
 
-def test_a_spike_halves_the_factor_and_caps_it():
+def test_a_spike_takes_the_factor_to_its_root_and_caps_it():
     scales = np.linspace(4.0, 9.0, W + 1)
     jumped = drift_law(observe(spike(), scale=9.0, scales=np.full(W + 1, 9.0)))
-    assert jumped.scale == 4.5
+    assert jumped.scale == 3.0
     assert "jump and turn" in jumped.why
     assert jumped.memory["spikes"] == 1
     # of the largest factor in the window, wherever it is by now
     shrunk = drift_law(observe(spike() * scales[:, None], scale=5.0, scales=scales))
-    assert shrunk.scale == 4.5
+    assert shrunk.scale == 3.0
     # while it stays in the window it is the same spike
-    same = drift_law(observe(spike(), scale=4.5, memory=jumped.memory, step=105))
+    same = drift_law(observe(spike(), scale=3.0, memory=jumped.memory, step=105))
     assert same.memory["spikes"] == 1
-    assert same.scale <= 4.5 * (1 + RECOVERY / 2) ** 2
+    assert same.scale <= 3.0 * (1 + RECOVERY / 2) ** 2
     # afterwards the factor stays below a ceiling that rises slowly, more slowly after each spike
-    again = drift_law(observe(updates(6.0), scale=4.5, memory=jumped.memory, step=200))
-    assert again.scale == pytest.approx(4.5 * (1 + RECOVERY / 2))
-    second = drift_law(observe(spike(), scale=4.5, memory=jumped.memory, step=200))
-    assert (second.memory["spikes"], second.scale) == (2, 2.25)
-    third = drift_law(observe(updates(6.0), scale=2.25, memory=second.memory, step=300))
-    assert third.scale == pytest.approx(2.25 * (1 + RECOVERY / 4))
+    again = drift_law(observe(updates(6.0), scale=3.0, memory=jumped.memory, step=200))
+    assert again.scale == pytest.approx(3.0 * (1 + RECOVERY / 2))
+    # a small factor is halved
+    second = drift_law(observe(spike(), scale=3.0, memory=jumped.memory, step=200))
+    assert (second.memory["spikes"], second.scale) == (2, 1.5)
+    third = drift_law(observe(updates(6.0), scale=1.5, memory=second.memory, step=300))
+    assert third.scale == pytest.approx(1.5 * (1 + RECOVERY / 4))
 
 
 def test_a_jump_without_a_factor_is_the_runs_own():
@@ -392,6 +394,8 @@ def test_a_loss_that_stands_still_lets_noise_grow():
     decision = drift_law(observe(updates(0.0), loss=2.3, memory=flat))
     assert decision.scale == pytest.approx(PROBING)
     assert "stands still" in decision.why
+    far = drift_law(observe(updates(0.0), loss=2.3, memory=flat, scale=FAR - 1))
+    assert far.scale == pytest.approx(FAR)
     # what is no longer logged counts no longer
     assert drift_law(observe(updates(0.0), memory=flat)).scale <= 1
     # not in a warm-up, nor when the schedule cools down
@@ -510,6 +514,10 @@ def test_as_long_as_nothing_was_gained_the_factor_leaps():
     assert drift_law(unknown).scale == 1.0
     pulled = observe(updates(0.0), loss=0.69, memory=unmoved, pull=0.01)
     assert drift_law(pulled).scale == 1.0
+    # that the loss stands still is not enough to go further
+    for scale, reached in ((10.0, FAR), (FAR, FAR), (40.0, 40.0)):
+        far = drift_law(observe(updates(0.0), loss=0.69, memory=unmoved, scale=scale))
+        assert far.scale == pytest.approx(reached)
     # a little above the plateau it stays, and shrinks neither for noise nor for the rise
     lifted = {**trend(*(0.69 + NOISE), *np.linspace(0.69, 0.72, 12)), "explored": 5}
     held = drift_law(observe(updates(0.0), scale=16.0, loss=0.72, memory=lifted))
