@@ -104,6 +104,8 @@ class Decision:
             bounces is not.
         average: whether `GapAware.eval` puts the average of the last weights into the model. From its first
             call on that takes a copy of them; training never sees it.
+        keep: whether to copy the weights and the state of SGD now, to go back there if a factor above 1
+            ends in NaN or infinity. The copy before goes.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -115,6 +117,7 @@ class Decision:
     momentum_scale: float = 1.0
     push: float = 0.0
     average: bool = False
+    keep: bool = False
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 

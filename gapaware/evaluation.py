@@ -53,13 +53,14 @@ class Evaluating(Resumable):
 
     def _copies(self) -> bool:
         """Whether there are copies of weights, that those which others write make worthless."""
-        return self._push.holds or self._average.holds
+        return self._push.holds or self._average.holds or self._rescue.holds
 
     def _notice(self) -> None:
         """Let go of copies of what somebody has written since: a best model that was loaded, say."""
         for place, parameter in self._written.since(self.base.param_groups):
             self._push.renew(place, parameter)
             self._average.renew(place, parameter)
+            self._rescue.forget()
 
     def _note(self) -> None:
         """What is written from now on is written by others."""

@@ -127,6 +127,9 @@ def drift_law(observation: Observation) -> Decision:
     Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is
     better at their average. Where they drift it would lag behind.
 
+    The weights are kept, to go back to should SGD's overflow, where f leaves 1 and then once a window, if
+    updates have not lengthened and the loss does not rise.
+
     Snapshots are closer together at first, see `interval_for`, and twice as far apart where f has not left
     1 for four windows, a warm-up not counted. By more than that they would be too short beside those before
     once f grows again: noise adds up like the root of their steps.
@@ -183,11 +186,17 @@ def _decide(observation: Observation) -> Decision:
     push = _push(observation, motion, scale)
     if push:
         why = f"{why}, and push"
+    # where f leaves 1, and then once a window where nothing says that it may be too large
+    unkept = int(memory.get("unkept", 0)) + 1
+    sound = motion.newest.growth < LENGTHENING and not (trend.rises or trend.lost)
+    keep = observation.scale <= 1 < scale or (scale > 1 and unkept > observation.window and sound)
+    memory["unkept"] = 0 if keep else unkept
     return Decision(
         scale,
         f"{figures}: {why}",
         momentum_scale=scale ** (MOMENTUM_EXPONENT * push / observation.max_push) if push else 1.0,
         push=push,
+        keep=keep,
         average=scale > 1 and motion.drift.mean < WANDERING and not (push or observation.pull),
         memory=memory,
     )

@@ -1,5 +1,6 @@
 """Means of what a person logs between two snapshots, taken without waiting for a device."""
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class Means:
             self._sums[name] = (total + value, count + 1)
         else:
             self._sums[name] = (value, 1)
+
+    def overflows(self, name: str) -> bool:
+        """Whether a value is NaN or infinite, as far as that is known without waiting for a device."""
+        total, _ = self._sums.get(name, (0.0, 0))
+        return (not isinstance(total, Tensor) or total.device.type == "cpu") and not isfinite(total)
 
     def take(self) -> dict[str, float | Transfer]:
         """The means so far, perhaps on their way to the host; counting starts anew."""

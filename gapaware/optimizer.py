@@ -28,6 +28,7 @@ from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
+from gapaware.rescue import Rescue
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
 from gapaware.steering import ControllerFault, Steering
@@ -187,7 +188,8 @@ class GapAware(Evaluating):
             window=settled.window,
             together=granularity == "global",
         )
-        self._push, self._average, self._written = Push(), Average(average), Written()
+        self._push, self._average = Push(), Average(average)
+        self._rescue, self._written = Rescue(), Written()
         self._pending = None
         self._entrusted = None
         self._metrics = Means()
@@ -298,6 +300,8 @@ class GapAware(Evaluating):
         scales = [self._steering.scales(name) for name in self._observer.names]
         with self._guarded("a snapshot"):
             due = self._steps >= self._next_snapshot
+            if self._rescue.holds and self._metrics.overflows("loss"):
+                raise NotFinite("NaN or infinity in the loss")
             if due:
                 self._observer.check()
             if is_number(loss):
@@ -358,6 +362,10 @@ class GapAware(Evaluating):
             "interval": interval,
         }
         after = [self._steering.scales(name) for name in sighting.names]
+        if all(scales.lr <= 1 for scales in after):
+            self._rescue.forget()
+        elif outcome.keep:
+            self._rescue.keep(self.base, self._steps)
         self.history.append(record(sighting, outcome, after, metrics, clock))
 
     def _warn_of_risk(self, limit: float) -> None:
@@ -437,7 +445,11 @@ class GapAware(Evaluating):
         decided = isinstance(error, ControllerFault)
         # a controller that fails twice in a row may do so for what it remembers
         again = decided and len(self.history) > 0 and self.history[-1]["decision"] == "fault"
-        self._steering.release(keep_memory=not again and not self._is_shared())
+        lost = isinstance(error, NotFinite) and self._rescue.holds
+        why = f"{doing}: {type(error).__name__}: {error}"
+        self._steering.release(keep_memory=not again and not self._is_shared(), lost=lost)
+        if lost:
+            why += f"; weights and state are those of step {self._rescue.put_back(self.base)} again"
         if not decided:
             self._observer.restart()
         self._pending = None
@@ -445,7 +457,6 @@ class GapAware(Evaluating):
         if self._interval_is_auto:
             self._interval = self._first_interval
         self._next_snapshot = self._steps + self._interval
-        why = f"{doing}: {type(error).__name__}: {error}"
         self.history.append(fault_record(self._steps, self._interval, why))
         kind = f"{doing}: {type(error).__name__}"
         if kind not in self._warned:

@@ -15,6 +15,7 @@ from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
 from gapaware.places import Written
 from gapaware.push import Push
+from gapaware.rescue import Rescue
 from gapaware.sighting import Sighting
 from gapaware.steering import Steering
 from gapaware.transfer import Transfer
@@ -46,6 +47,7 @@ class Resumable(Wrapper):
     _anchor: Anchor | None
     _push: Push
     _average: Average
+    _rescue: Rescue
     _written: Written
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
@@ -129,6 +131,7 @@ class Resumable(Wrapper):
         if self._anchor is not None:
             self._anchor.restart()
         self._push, self._average, self._written = Push(), self._average.fresh(), Written()
+        self._rescue = Rescue()
         self._pending, self._metrics = None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
@@ -178,6 +181,7 @@ class Resumable(Wrapper):
                 "_anchor": anchor,
                 "_push": push,
                 "_average": average,
+                "_rescue": Rescue(),
                 "_written": Written(),  # of weights that may come from elsewhere it is not known
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Outcome:
         why: the controller's reason for it.
         interval: steps to the next snapshot that the controller wants, or None.
         several: whether each row has a factor of its own.
+        keep: whether the controller would come back to the weights of now.
     """
 
     spectrum: Spectrum | None
@@ -31,6 +32,7 @@ class Outcome:
     why: str
     interval: int | None
     several: bool = False
+    keep: bool = False
 
 
 class ControllerFault(RuntimeError):
@@ -74,24 +76,34 @@ class Steering:
     def restart(self) -> None:
         """Go back to the first factor and an empty memory."""
         self._may_push = True
+        self._survived = inf
         self._scales: dict[str, Scales] = {}
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._undecided = self._start
 
-    def release(self, *, keep_memory: bool) -> None:
+    def release(self, *, keep_memory: bool, lost: bool = False) -> None:
         """Take every factor off, until the controller sets one again; a push for good.
 
         Args:
+            lost: whether the factors in force took weights to infinity: none above their root comes again.
             keep_memory: of the controller. Not where ranks have to agree, since the one that had the fault
                 may remember something else, nor where it may be what the fault comes from.
         """
         if any(scales.push for scales in self._scales.values()):
             # it takes memory: what went wrong may be the lack of it
             self._may_push = False
+        if lost:
+            largest = max((scales.lr for scales in self._scales.values()), default=1.0)
+            self._survived = max(1.0, min(self._survived, largest) ** 0.5)
         self._scales = {}
         if not keep_memory:
             self._memory = {}
         self._undecided = NEUTRAL
+
+    @property
+    def max_scale(self) -> float:
+        """Largest factor on the learning rate that a decision may ask for now."""
+        return max(self._low, min(self._high, self._survived))
 
     @property
     def max_push(self) -> float:
@@ -140,7 +152,7 @@ class Steering:
                 self._observation(sighting, gram, name, [row], now)
                 for row, name in enumerate(sighting.names)
             ]
-        decided, largest, intervals = {}, (-1.0, "hold", ""), []
+        decided, largest, intervals, keep = {}, (-1.0, "hold", ""), [], False
         for observation in observations:
             if observation is None:
                 continue
@@ -150,10 +162,11 @@ class Steering:
                 decision = as_decision(self._controller(observation))
             except Exception as error:
                 raise ControllerFault(f"{type(error).__name__}: {error}") from error
-            after = decision.scales(self._low, self._high, self.max_push)
+            after = decision.scales(self._low, self.max_scale, self.max_push)
             decided[name] = (after, decision.memory)
             size = abs(log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
             largest = max(largest, (size, action(before.lr, after.lr), decision.why))
+            keep = keep or decision.keep
             if decision.interval is not None:
                 intervals.append(int(decision.interval))
         # only now, so that an exception in one row leaves no row changed
@@ -165,6 +178,7 @@ class Steering:
             largest[2],
             min(intervals, default=None),
             several=not self._together,
+            keep=keep,
         )
 
     def _observation(
@@ -207,7 +221,7 @@ class Steering:
             push=factors.push,
             interval=now.interval,
             min_scale=self._low,
-            max_scale=self._high,
+            max_scale=self.max_scale,
             max_push=self.max_push,
             target=self._target,
             window=self._window,
@@ -224,6 +238,7 @@ class Steering:
             "undecided": list(astuple(self._undecided)),
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
             "may_push": self._may_push,
+            "survived": self._survived,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,12 +249,16 @@ class Steering:
             Exception: the state is not made by `state_dict`.
         """
         may_push = bool(state.get("may_push", True))
+        survived = float(state.get("survived", inf))  # until 0.1.0 there was none
+        if not survived >= 1:
+            raise ValueError(f"survived={survived}: a factor of at least 1")
         max_push = self._max_push if may_push else 0.0
         scales = {
             str(name): self._bounded(max_push, *saved) for name, saved in state["scales"].items()
         }
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(max_push, *state["undecided"])
+        self._survived = survived
         self._may_push, self._scales, self._memory, self._undecided = (
             may_push,
             scales,

@@ -1,0 +1,140 @@
+"""A raised factor that takes SGD's weights to infinity does not cost the run."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from gapaware import Decision, GapAware
+from gapaware.rescue import Rescue
+
+
+def problem(seed=0, curvature=1.0):
+    torch.manual_seed(seed)
+    weights = torch.nn.Parameter(torch.full((8,), 3.0))
+    return weights, lambda: 0.5 * curvature * weights.square().sum()
+
+
+def diverging(observation):
+    """A controller that goes far beyond what is stable, and remembers where it was sound."""
+    sound = observation.scale <= 1
+    return Decision(min(50.0, observation.max_scale), "too far", keep=sound)
+
+
+def train(optimizer, loss_of, steps, log=True):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        if log:
+            optimizer.log(loss=loss)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_run_that_overflows_goes_back_and_on(log):
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    optimizer = GapAware(base, controller=diverging, interval=2, max_scale=64)
+    with pytest.warns(UserWarning, match="weights and state are those of step"):
+        losses = train(optimizer, loss_of, 800, log)
+    assert not all(map(math.isfinite, losses))
+    assert losses[-1] < 1e-6
+    faults = [record for record in optimizer.history if record["decision"] == "fault"]
+    assert faults
+    # the root of what was too much, as often as that overflows too
+    assert max(record["scale"] for record in list(optimizer.history)[-20:]) <= 50**0.5 + 1e-9
+
+
+def test_without_a_copy_such_a_run_is_lost():
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    optimizer = GapAware(base, controller=lambda _: 50.0, interval=2, max_scale=64)
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        losses = train(optimizer, loss_of, 300)
+    assert not math.isfinite(losses[-1])
+
+
+def test_weights_and_momentum_are_those_of_the_step():
+    weights, loss_of = problem()
+    sgd = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    train(GapAware(sgd, mode="observe"), loss_of, 5)
+    rescue = Rescue()
+    rescue.keep(sgd, step=5)
+    expected = train(GapAware(sgd, mode="observe"), loss_of, 5)
+    with torch.no_grad():
+        weights.fill_(math.nan)
+        sgd.state[weights]["momentum_buffer"].fill_(math.inf)
+    assert rescue.put_back(sgd) == 5
+    assert not rescue.holds
+    assert train(GapAware(sgd, mode="observe"), loss_of, 5) == expected
+
+
+def test_a_momentum_that_there_was_not_begins_anew():
+    weights, loss_of = problem()
+    sgd = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    rescue = Rescue()
+    rescue.keep(sgd, step=0)
+    expected = train(GapAware(sgd, mode="observe"), loss_of, 3)
+    rescue.put_back(sgd)
+    assert not sgd.state
+    assert train(GapAware(sgd, mode="observe"), loss_of, 3) == expected
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_only_sgd_is_copied(make):
+    weights, _ = problem()
+    rescue = Rescue()
+    rescue.keep(make([weights], lr=0.1), step=0)
+    assert not rescue.holds
+
+
+def test_weights_that_others_load_are_not_overwritten():
+    """A best model that is loaded in mid-run is no place to go back from."""
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=1e-3)
+    optimizer = GapAware(base, controller=lambda _: Decision(2.0, keep=True), interval=1)
+    train(optimizer, loss_of, 20)
+    assert optimizer._rescue.holds
+    torch.nn.init.constant_(weights, 7.0)
+    optimizer._begin()
+    assert not optimizer._rescue.holds
+
+
+def test_the_bound_that_is_left_is_saved():
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    optimizer = GapAware(base, controller=diverging, interval=2, max_scale=64)
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        train(optimizer, loss_of, 300)
+    twin, _ = problem()
+    resumed = GapAware(
+        torch.optim.SGD([twin], lr=0.1, momentum=0.9),
+        controller=diverging,
+        interval=2,
+        max_scale=64,
+    )
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed._steering.max_scale == optimizer._steering.max_scale < 64
+    state = optimizer.state_dict()
+    state["gapaware"]["steering"]["survived"] = 0.5
+    with pytest.raises(ValueError, match="survived"):
+        resumed.load_state_dict(state)
+
+
+def test_the_law_keeps_where_a_factor_leaves_one_and_where_it_does_well():
+    """On a plateau that a small learning rate makes, all the way down."""
+    weights, loss_of = problem(curvature=1e-3)
+    optimizer = GapAware(torch.optim.SGD([weights], lr=0.05))
+    kept = []
+    keep = optimizer._rescue.keep
+    optimizer._rescue.keep = lambda base, step: (kept.append(step), keep(base, step))
+    train(optimizer, loss_of, 120)
+    first = next(record["step"] for record in optimizer.history if record["scale"] > 1)
+    assert first - 2 <= kept[0] <= first
+    assert len(kept) > 3
+    assert all(after - before >= 10 for before, after in itertools.pairwise(kept))
