@@ -236,7 +236,9 @@ def test_wrong_arguments_say_what_to_do(arguments, error, message):
 def test_a_model_and_functions_are_asked_for_at_once():
     with pytest.raises(TypeError, match=r"model=function: .*pass the model itself"):
         Distillation(lambda x: x, old_answers)
-    with pytest.raises(TypeError, match=r"answers=int: not callable; pass a function of model and batch"):
+    with pytest.raises(
+        TypeError, match=r"answers=int: not callable; pass a function of model and batch"
+    ):
         Distillation(two_heads(), 3)
     with pytest.raises(TypeError, match=r"inputs=Tensor: not callable; .*gapaware\.scrambled"):
         Distillation(two_heads(), old_answers, inputs=torch.ones(2, 2))
