@@ -4,7 +4,9 @@ Defaults of the library were chosen on the tasks in `TUNED_ON`, on seeds 0 and 1
 in no table; every other task is held out, and so are the other seeds. The other modular tasks and those
 with `char-lm` in their names are relatives of what was chosen on. Of those held out `LOOKED_AT` were looked
 at: a law was taken back when it was slower on a character LM, and the strength of a rule was chosen once
-more, on other ReLU networks, when the norm of the wide one had come out too large and then small.
+more, on other ReLU networks, when the norm of the wide one had come out too large and then small. Of the
+ten tasks that came last (completion to state tracking, breast cancer, the character GRU), which had been
+written without regard to the law, five were then used to mend it, and three were looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +37,16 @@ from benchmarks.tasks import (
     state_tracking,
 )
 
-LOOKED_AT = frozenset({"char-lm-lr-30", "char-lm-lr-100", "relu-orthogonal-wide"})
+LOOKED_AT = frozenset(
+    {
+        "char-lm-lr-30",
+        "char-lm-lr-100",
+        "relu-orthogonal-wide",
+        "staircase-sgd",
+        "breast-cancer",
+        "char-lm-gru",
+    }
+)
 TUNED_ON = frozenset(
     {
         "modular-add",
@@ -60,6 +71,11 @@ TUNED_ON = frozenset(
         "digits-sgd",
         "char-lm",
         "char-lm-small-muon",
+        "completion-sgd",
+        "permutations-5",
+        "autoencoder-sgd",
+        "state-tracking-muon",
+        "induction",
     }
 )
 
