@@ -42,6 +42,8 @@ class GapAware(Evaluating):
     turns these into a factor on the learning rate, one snapshot later. While the factor is 1 the
     trajectory is bit for bit that of `base`. A fault in here (NaN in the window, an exception in a
     controller) takes the factor off, is noted in `history`, warned of once, and never reaches training.
+    Where a raised factor takes the weights of SGD to infinity, they and its momentum go back to a copy from
+    when it did well; of weights in several processes there is none.
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
@@ -63,6 +65,7 @@ class GapAware(Evaluating):
             with the first and bolder with the second.
         max_scale: largest factor on the learning rate; 64, and 1 with mode="retain", where a larger one
             lets a learning rate grow that is too small for the pull: for where old answers are held too.
+            Pass a smaller one, such as 16, where the learning rate cannot be as far off as that.
         min_scale: smallest factor; 1, and 0.001 with a controller of yours.
         max_push: how many times the average of the recent steps may follow each step, with mode="escape"
             where the factor is at half of `max_scale` or above; 2. While it does, that takes a copy of the
