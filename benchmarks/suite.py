@@ -47,6 +47,19 @@ LOOKED_AT = frozenset(
         "char-lm-gru",
     }
 )
+# written without regard to the law, whatever they served for since
+NEWEST = frozenset(
+    {
+        "completion-sgd",
+        "permutations-5",
+        "adding",
+        "deep-tanh-muon",
+        "induction",
+        "staircase-sgd",
+        "autoencoder-sgd",
+        "state-tracking-muon",
+    }
+)
 TUNED_ON = frozenset(
     {
         "modular-add",

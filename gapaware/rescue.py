@@ -44,24 +44,28 @@ class Rescue:
     def keep(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Copy weights and state, where all of them are SGD's and no other process has to do alike.
 
+        Where there is no memory for that there is no copy, and the factor rises without one.
+
         Args:
             optimizer: the wrapped one.
             step: optimizer steps made so far.
-
-        Raises:
-            MemoryError: a copy might be what training lacks later on; the one before is gone then.
-            RuntimeError: there is no memory for one.
         """
         self.forget()
         if not alone() or not all(type(leaf) is torch.optim.SGD for leaf in leaves(optimizer)):
             return
-        # the momentum takes as much again
-        check_room(2 * [p for group in optimizer.param_groups for p in group["params"]])
-        self._kept = {
-            (number, place): (parameter.detach().clone(), _copied(leaf.state.get(parameter, {})))
-            for number, leaf in enumerate(leaves(optimizer))
-            for place, parameter in places(leaf.param_groups)
-        }
+        try:
+            # the momentum takes as much again
+            check_room(2 * [p for group in optimizer.param_groups for p in group["params"]])
+            self._kept = {
+                (number, place): (
+                    parameter.detach().clone(),
+                    _copied(leaf.state.get(parameter, {})),
+                )
+                for number, leaf in enumerate(leaves(optimizer))
+                for place, parameter in places(leaf.param_groups)
+            }
+        except (MemoryError, torch.OutOfMemoryError):
+            return
         self._step = step
 
     @torch.no_grad()

@@ -93,6 +93,21 @@ def test_only_sgd_is_copied(make):
     assert not rescue.holds
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_without_memory_for_a_copy_the_factor_rises_all_the_same(error, monkeypatch):
+    def no_room(parameters):
+        raise error("none")
+
+    monkeypatch.setattr("gapaware.rescue.check_room", no_room)
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=1e-3)
+    optimizer = GapAware(base, controller=lambda _: Decision(2.0, keep=True), interval=1)
+    train(optimizer, loss_of, 20)
+    assert not optimizer._rescue.holds
+    assert optimizer.scales == [2.0]
+    assert all(record["decision"] != "fault" for record in optimizer.history)
+
+
 def test_weights_that_others_load_are_not_overwritten():
     """A best model that is loaded in mid-run is no place to go back from."""
     weights, loss_of = problem()
