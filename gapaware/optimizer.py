@@ -365,10 +365,12 @@ class GapAware(Evaluating):
             "interval": interval,
         }
         after = [self._steering.scales(name) for name in sighting.names]
-        if all(scales.lr <= 1 for scales in after):
-            self._rescue.forget()
-        elif outcome.keep:
+        if outcome.keep:
             self._rescue.keep(self.base, self._steps)
+        raised = [factor for seen in sighting.conditions for factor in seen.scales]
+        if max([*raised, *(scales.lr for scales in after)]) <= 1:
+            # not before a window without one: what a factor began may overflow after it was taken off
+            self._rescue.forget()
         self.history.append(record(sighting, outcome, after, metrics, clock))
 
     def _warn_of_risk(self, limit: float) -> None:

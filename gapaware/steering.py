@@ -95,6 +95,7 @@ class Steering:
         if lost:
             largest = max((scales.lr for scales in self._scales.values()), default=1.0)
             self._survived = max(1.0, min(self._survived, largest) ** 0.5)
+            self._may_push = False
         self._scales = {}
         if not keep_memory:
             self._memory = {}

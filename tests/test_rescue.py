@@ -108,6 +108,33 @@ def test_without_memory_for_a_copy_the_factor_rises_all_the_same(error, monkeypa
     assert all(record["decision"] != "fault" for record in optimizer.history)
 
 
+def test_a_copy_outlasts_the_factor_by_a_window():
+    """What a factor began may overflow after it was taken off."""
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=1e-3)
+    raised = lambda seen: Decision(2.0 if seen.step < 20 else 1.0, keep=seen.step == 10)  # noqa: E731
+    optimizer = GapAware(base, controller=raised, interval=1)
+    held = []
+    for _ in range(50):
+        train(optimizer, loss_of, 1)
+        held.append(optimizer._rescue.holds)
+    assert held.index(True) == 10
+    assert 10 <= (len(held) - held[::-1].index(True)) - 20 <= 13
+
+
+def test_nothing_is_pushed_after_a_loss():
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    pushing = lambda seen: Decision(seen.max_scale, push=1.0, keep=seen.scale <= 1)  # noqa: E731
+    optimizer = GapAware(base, controller=pushing, interval=2, max_scale=50)
+    with pytest.warns(UserWarning, match="weights and state are those of step"):
+        train(optimizer, loss_of, 400)
+    lost = next(n for n, r in enumerate(optimizer.history) if r["decision"] == "fault")
+    pushes = [record.get("push", 0.0) for record in optimizer.history]
+    assert max(pushes[: lost + 1]) == 1.0
+    assert max(pushes[lost + 1 :]) == 0.0
+
+
 def test_weights_that_others_load_are_not_overwritten():
     """A best model that is loaded in mid-run is no place to go back from."""
     weights, loss_of = problem()
