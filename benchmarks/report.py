@@ -20,7 +20,8 @@ from benchmarks.statistics import (
     missed,
     summarize,
 )
-from benchmarks.suite import LOOKED_AT, NEWEST, OTHERS, PLATEAUS, ROBUSTNESS, TASKS
+from benchmarks.suite import AT_BEST, LOOKED_AT, NEWEST, OTHERS, PLATEAUS, ROBUSTNESS, TASKS
+from benchmarks.tasks import Task
 
 ALONE, ORACLE = "base alone", "best lr of the sweep"
 
@@ -96,7 +97,7 @@ def _head(*cells: str) -> list[str]:
     return [_line(*cells), "|" + "---|" * len(cells)]
 
 
-def _plateaus(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
+def _plateaus(results: Results, tasks: Sequence[str], seeds: int, of: Sequence[Task]) -> list[str]:
     lines = _head(
         "task",
         "base",
@@ -108,7 +109,7 @@ def _plateaus(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
         "p",
         "n",
     )
-    for task in PLATEAUS:
+    for task in of:
         ours = results.of(Run(task.name, GAPAWARE.name, 1.0, seed) for seed in range(seeds))
         rows = rivals_rows(results, task.name, (), seeds)
         comparison = compare(task.name, rows.get(ALONE, []), ours)
@@ -286,7 +287,12 @@ def _norms(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
 def markdown(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: int) -> str:
     """All tables."""
     sections = {
-        "Steps to the target, geometric mean over seeds": _plateaus(results, tasks, seeds),
+        "Steps to the target, geometric mean over seeds": _plateaus(
+            results, tasks, seeds, PLATEAUS
+        ),
+        "The same, where the learning rate is the best one already": _plateaus(
+            results, tasks, seeds, AT_BEST
+        ),
         "GapAware against each rival, each task on which anybody arrived counting once": _summaries(
             comparisons(results, tasks, methods, seeds)
         ),

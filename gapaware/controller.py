@@ -59,6 +59,7 @@ class Observation:
         momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
         weight_norm: ‖θ‖ of this row's parameters at the snapshot; infinite where it is not known.
         loss: mean of the losses that were logged since the snapshot before, or None: see `GapAware.log`.
+        kept: whether there is a copy of the weights to go back to; never where rows decide apart.
         memory: `Decision.memory` of the last call, {} at first.
     """
 
@@ -85,6 +86,7 @@ class Observation:
     momentum_memory: int
     weight_norm: float
     loss: float | None
+    kept: bool
     memory: Mapping[str, Any]
 
 
@@ -104,8 +106,9 @@ class Decision:
             bounces is not.
         average: whether `GapAware.eval` puts the average of the last weights into the model. From its first
             call on that takes a copy of them; training never sees it.
-        keep: whether to copy the weights and the state of SGD now, to go back there if a factor above 1
-            ends in NaN or infinity. The copy before goes.
+        keep: whether to copy the weights and the optimizer's state now, to go back there if a factor above
+            1 ends in NaN or infinity, or where the controller says so. The copy before goes.
+        back: whether to go back to that copy now, with this decision's factors.
         interval: steps to the next snapshot, used with interval="auto"; None to leave it.
         memory: numbers, strings and lists of them, given back at the next call.
     """
@@ -118,6 +121,7 @@ class Decision:
     push: float = 0.0
     average: bool = False
     keep: bool = False
+    back: bool = False
     interval: int | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
 

@@ -3,7 +3,6 @@
 What was tried on the way to it is in benchmarks/LOG.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -15,8 +14,10 @@ from gapaware.drift import Drift, Newest, drift, newest, per_learning_rate
 from gapaware.momentum import interval_for
 from gapaware.spectrum import adiabaticity
 from gapaware.trend import Trend
+from gapaware.trial import Trial
 
 DRIFT_TARGET = 0.06
+TUNED = 2.0
 
 # all rates are per third of the momentum's memory, as far as that is not a long one
 LONG_MEMORY = 15
@@ -38,16 +39,15 @@ FEWEST, SOONEST = 4, 1 / 3
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
 LENGTHENING = 1.1
+LEAVING = 1.5
 # by the loss
 PROBING = 1.16
 RETREAT = 0.9
 LEAP = 2.0
-FAR = 16.0
-PATIENCE = 30
-RETURN = 0.9
 BRAKE = 0.78
 DESCENT = 1.12
-STRANDED, AT_THE_TOP = 15, 0.9
+# back to the weights that were kept: the factor there, and the least to try the plateau with again
+AGAIN, LEAST_AGAIN = 0.25, 5.0
 # what holds growth
 QUIET = 3.0
 ANNEALED = 0.5
@@ -79,23 +79,33 @@ def drift_law(observation: Observation) -> Decision:
         f · max(1/2 + q, 1.3)^n                 where q > 1/2, q the least of c − s, persistence and
                                                 alignment: every update goes the same way
         f · 6^n                                 from q = 0.6 on, by less from 1/2 on, where the loss is
-                                                within 40 % of where the run began, and no update has
+                                                within 15 % of where the run began, and no update has
                                                 lengthened yet: steps seem to be bounded by the optimizer
         f · leap^n                              where the loss is still where the run began, as is known
                                                 to 1.5 %
-        f · probing^n                           where the loss has stood still for half of the run
-        f · retreat^n                           where it has, and did in 15 snapshots at the largest f;
-                                                down to 1, from where it is tried upwards again
+        f · probing^n                           where it has stood still for half of the run within 6 % of
+                                                there
         f · max(c/c*, 1/5)^(gain·n)             where c < c*, and not while the loss falls or with a pull
         f · shrinkage^n at most                 where c − s < 0: drift that may be noise; likewise
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
 
+    Where the loss falls well, by a quarter in the last dozen snapshots, training is fine and f does not
+    grow. c* is for a momentum such as AdamW's; with one that makes updates twice as long it is twice as
+    large, since noise adds up more slowly than drift does, and twice as large again after a warm-up: who
+    takes that care has chosen the learning rate with some.
+
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
-    shrink, for 30 snapshots at f > 1 in all. Once it has risen further, f comes back by a tenth at a time
-    until the loss does, and may leap again to half of where that began. With a pull towards the starting
-    weights nothing leaps. That the loss stands still is no more than a guess at what f may be, and weights
-    may be spoilt by a wrong one before the loss has moved: by it alone f goes to 16 at most.
+    shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
+    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there.
+
+    A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
+    window at most, where the loss has fallen since (where it is not known: where updates have not
+    lengthened). Where the loss rises above what it was then, where nothing comes of f for so long that it
+    went 30 snapshots' way at the largest f, or where an update jumps meanwhile, they go back, and f comes
+    down to a quarter; from a plateau to 1 if that is below 5. That needs a loss; where there is no copy the
+    weights stay. A jump after updates that had lengthened may be a saddle that is left, and the first one
+    on it is none to go back for.
 
     Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
     thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if
@@ -112,7 +122,7 @@ def drift_law(observation: Observation) -> Decision:
 
     Where neither weight decay nor a pull takes back what larger steps add to the weights, the way down from
     the plateau is taken with care, so that the run ends near the solution that it would have found alone:
-    where the loss falls by more than 10 % a snapshot f comes down, by 22 % each time, and once it is 40 %
+    where the loss falls by more than 10 % a snapshot f comes down, by 22 % each time, and once it is 15 %
     below where the run began f grows by 12 % a third at most.
 
     Where the newest update is twice as long as the others, and turns, f was too large: it goes to the root
@@ -126,9 +136,6 @@ def drift_law(observation: Observation) -> Decision:
 
     Where f > 1 and c < 0.1 the weights wander about a place more than they leave it: there an evaluation is
     better at their average. Where they drift it would lag behind.
-
-    The weights are kept, to go back to should SGD's overflow, where f leaves 1 and then once a window, if
-    updates have not lengthened and the loss does not rise.
 
     Snapshots are closer together at first, see `interval_for`, and twice as far apart where f has not left
     1 for four windows, a warm-up not counted. By more than that they would be too short beside those before
@@ -162,35 +169,52 @@ def _decide(observation: Observation) -> Decision:
         why = f"{figures}: the schedule cools down, hold"
         return Decision(observation.scale, why, memory=memory)
     trend = trend or Trend()
-    explored = int(memory.get("explored", 0))
-    memory |= _exploration(observation, trend) | _stranding(observation, trend)
+    trial = Trial.from_memory(memory.get("trial")).after(observation.scale, trend)
     # by more than a learning rate explains: nothing bounds the steps of this optimizer
-    lengthened = bool(memory.get("lengthened")) or motion.newest.growth >= LENGTHENING
-    memory["lengthened"] = lengthened
+    longest = float(memory.get("longest", 0.0))
+    lengthened = max(longest, motion.newest.growth) >= LENGTHENING
+    ceiling = _ceiling(observation, motion.newest)
+    jumps = ceiling["spikes"] > int(memory.get("spikes", 0))
+    if observation.scales.max() > 1:
+        spoilt = trial.spoilt(trend)
+        # after updates that had lengthened it may be a saddle that is left, if this is the first time
+        jumps_back = jumps and (longest < LEAVING or trial.returns > 0)
+        if spoilt or trial.idle(trend, observation.max_scale, jumps=jumps_back):
+            return _back(observation, memory, trial, figures, spoilt=spoilt)
+    memory["longest"] = max(longest, motion.newest.growth)
+    warmed_up = warms_up or bool(memory.get("warmed_up"))
+    memory["warmed_up"] = warmed_up
+    # over longer updates noise adds up to less of them
+    target = observation.target * _pace(observation) * (TUNED if warmed_up else 1.0)
+    observation = replace(observation, target=target)
     hurry = trend.close and not lengthened and not observation.pull
     coherent = motion.coherence > COHERENT
-    factor, why = _wanted(observation, motion, trend, explored, hurry=hurry)
+    factor, why = _wanted(observation, motion, trend, trial.reach, hurry=hurry)
     certain = trend.unmoved and coherent
     limit = _limit(observation, FIRST_STRIDE if certain else STRIDE)
     if lengthened and coherent and (certain or trend.unknown):
         limit = min(limit, _limit_ahead(observation))
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
+    if factor > 1 and trend.fine:
+        factor, why = 1.0, "the loss falls well, hold"
     if factor > limit:
         factor, why = limit, "steps as large as the weights allow"
-    ceiling = _ceiling(observation, motion.newest)
-    if ceiling["spikes"] > int(memory.get("spikes", 0)):
+    if jumps:
         why = "updates jump and turn, back"
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
     push = _push(observation, motion, scale)
     if push:
         why = f"{why}, and push"
-    # where f leaves 1, and then once a window where nothing says that it may be too large
-    unkept = int(memory.get("unkept", 0)) + 1
-    sound = motion.newest.growth < LENGTHENING and not (trend.rises or trend.lost)
-    keep = observation.scale <= 1 < scale or (scale > 1 and unkept > observation.window and sound)
-    memory["unkept"] = 0 if keep else unkept
+    # where f leaves 1, and then twice a window where it did some good, or nothing tells that it did not
+    good = trial.kept is None or trial.gained(trend)
+    if trend.unknown:
+        good = motion.newest.growth < LENGTHENING
+    keep = observation.scale <= 1 < scale or (
+        scale > 1 and 2 * trial.age > observation.window and good
+    )
+    memory["trial"] = (trial.begun(trend) if keep else trial).to_memory()
     return Decision(
         scale,
         f"{figures}: {why}",
@@ -200,6 +224,31 @@ def _decide(observation: Observation) -> Decision:
         average=scale > 1 and motion.drift.mean < WANDERING and not (push or observation.pull),
         memory=memory,
     )
+
+
+def _back(
+    observation: Observation, memory: dict[str, Any], trial: Trial, figures: str, *, spoilt: bool
+) -> Decision:
+    """Back to the weights that were kept with a quarter of the factor, from a plateau to 1 at last."""
+    least = min(1.0, observation.scale)
+    scale = max(least, AGAIN * observation.scale)
+    if not spoilt and scale < LEAST_AGAIN:
+        scale = least
+    # kept weights are an interval later than the loss they were kept for, and may be spoilt themselves
+    keep = not spoilt and scale > 1
+    if observation.kept and trial.kept is not None:
+        memory["trend"] = trial.kept.to_memory()
+    else:
+        # the window goes on, and what is in it is known
+        memory["known_until"] = observation.step + float(observation.spans.sum())
+    memory |= {
+        "trial": trial.given_up(keeps=keep).to_memory(),
+        "ceiling": scale,
+        "spikes": int(memory.get("spikes", 0)) + 1,
+        "push": 0.0,
+    }
+    why = "the loss is above that of the weights kept" if spoilt else "nothing comes of it"
+    return Decision(scale, f"{figures}: {why}, back", keep=keep, back=True, memory=memory)
 
 
 def _warms_up(observation: Observation) -> bool:
@@ -259,7 +308,7 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
 
 
 def _wanted(
-    observation: Observation, motion: _Motion, trend: Trend, explored: int, *, hurry: bool
+    observation: Observation, motion: _Motion, trend: Trend, reach: float, *, hurry: bool
 ) -> tuple[float, str]:
     """The factor on f that drift, coherence and loss ask for."""
     thirds = _thirds(observation)
@@ -285,21 +334,14 @@ def _wanted(
         if observation.scale > 1:
             return min(factor, BRAKE**thirds), "the loss falls fast, back"
         return min(factor, 1.0), "the loss falls fast, hold"
-    if trend.lifted and explored < PATIENCE:
-        reach = min(FAR, float(observation.memory.get("reach", FAR))) / observation.scale
-        leap = 1.0 if observation.pull else max(1.0, min(LEAP**thirds, reach))
+    room = max(1.0, reach / observation.scale)
+    if trend.lifted:
+        leap = 1.0 if observation.pull else min(LEAP**thirds, room)
         return _on_the_first_plateau(trend, leap, factor, why)
-    if trend.lost and explored and observation.scale > 1:
-        if trend.recovers:
-            return 1.0, "the loss comes back to where it began, hold"
-        return min(factor, RETURN**thirds), "the loss rises above where it began, back"
     if trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
-    if motion.full and trend.flat and _is_stranded(observation.memory):
-        return min(factor, RETREAT**thirds), "the loss stands still at so large a factor, back"
-    if motion.full and trend.flat and factor < PROBING**thirds:
-        probing = min(PROBING**thirds, max(1.0, FAR / observation.scale))
-        return probing, "the loss stands still, grow"
+    if motion.full and trend.flat and not trend.left and factor < PROBING**thirds:
+        return min(PROBING**thirds, room), "the loss stands still, grow"
     return factor, why
 
 
@@ -317,37 +359,6 @@ def _on_the_first_plateau(trend: Trend, leap: float, factor: float, why: str) ->
     if factor < 1 or trend.rises:
         return 1.0, "nothing gained yet that could be lost, hold"
     return factor, why
-
-
-def _exploration(observation: Observation, trend: Trend) -> dict[str, float | bool]:
-    """Snapshots on the first plateau at a raised factor, and how far f may leap."""
-    memory, raised = observation.memory, observation.scale > 1
-    explored = int(memory.get("explored", 0))
-    reach = float(memory.get("reach", observation.max_scale))
-    lost = raised and explored > 0 and trend.lost
-    if lost and not memory.get("lost"):
-        reach = min(reach, max(1.0, SETBACK * observation.scale))
-    if raised and trend.lifted and explored < PATIENCE:
-        explored += 1
-    return {"explored": explored, "reach": reach, "lost": lost}
-
-
-def _stranding(observation: Observation, trend: Trend) -> dict[str, int]:
-    """Snapshots in which the loss stood still at the largest factor; kept, once too many, until f is 1."""
-    memory = observation.memory
-    stranded = int(memory.get("stranded", 0))
-    if observation.scale <= 1:
-        stranded = 0
-    elif not _is_stranded(memory):
-        top = min(float(memory.get("ceiling", observation.max_scale)), observation.max_scale)
-        still = trend.flat or trend.lifted
-        stranded = (stranded + (observation.scale >= AT_THE_TOP * top)) if still else 0
-    return {"stranded": stranded}
-
-
-def _is_stranded(memory: Mapping[str, Any]) -> bool:
-    """Whether a plateau may be one that the factor has made."""
-    return int(memory.get("stranded", 0)) > STRANDED
 
 
 def _by_drift(observation: Observation, seen: Drift) -> tuple[float, str]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -42,8 +43,8 @@ class GapAware(Evaluating):
     turns these into a factor on the learning rate, one snapshot later. While the factor is 1 the
     trajectory is bit for bit that of `base`. A fault in here (NaN in the window, an exception in a
     controller) takes the factor off, is noted in `history`, warned of once, and never reaches training.
-    Where a raised factor takes the weights of SGD to infinity, they and its momentum go back to a copy from
-    when it did well; of weights in several processes there is none.
+    Where a raised factor makes the loss worse, brings nothing for long or ends in NaN, the weights and the
+    state of `base` go back to a copy from before; of weights in several processes there is none.
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
@@ -71,6 +72,8 @@ class GapAware(Evaluating):
             where the factor is at half of `max_scale` or above; 2. While it does, that takes a copy of the
             weights, and Adam's momentum is shorter; 0 does without. No limit for a controller of yours.
         average: whether `eval()` may put the average of the last weights into the model.
+        way_back: whether the weights may go back to where they were before a raised factor did harm. While
+            a factor is above 1 that takes a copy of them and of the wrapped optimizer's state.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
             the first step, or a module or state dict by parameter name, which needs a `base` made from
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
@@ -131,6 +134,7 @@ class GapAware(Evaluating):
         min_scale: float | None = None,
         max_push: float | None = None,
         average: bool = True,
+        way_back: bool = True,
         granularity: str = "global",
         anchor: str | Mapping[str, Tensor] | nn.Module | None = None,
         anchor_device: torch.device | str | None = None,
@@ -164,6 +168,7 @@ class GapAware(Evaluating):
             seed=seed,
         )
         arguments.boolean("average", average, why="whether eval() may put an average in")
+        arguments.boolean("way_back", way_back, why="whether weights may go back to a copy")
         if risk_limit is not None:
             arguments.positive("risk_limit", risk_limit, why="the risk of forgetting to warn of")
         self._anchor = None
@@ -192,7 +197,7 @@ class GapAware(Evaluating):
             together=granularity == "global",
         )
         self._push, self._average = Push(), Average(average)
-        self._rescue, self._written = Rescue(), Written()
+        self._rescue, self._written = Rescue(way_back), Written()
         self._pending = None
         self._entrusted = None
         self._metrics = Means()
@@ -212,6 +217,7 @@ class GapAware(Evaluating):
                 "max_scale": settled.max_scale,
                 "max_push": settled.max_push,
                 "average": average,
+                "way_back": way_back,
                 **self._observer.settings,
             },
         )
@@ -356,6 +362,7 @@ class GapAware(Evaluating):
             momentum_memory=memory_steps(self.base.param_groups),
             # of several processes each sees a loss of its own, and all have to decide alike
             loss=metrics.get("loss") if alone() else None,
+            kept=self._rescue.holds,
         )
         if self._interval_is_auto and outcome.interval is not None:
             self._interval = outcome.interval
@@ -365,8 +372,14 @@ class GapAware(Evaluating):
             "interval": interval,
         }
         after = [self._steering.scales(name) for name in sighting.names]
+        if outcome.back:
+            step = self._rescue.put_back(self.base)
+            self._notice()
+            self._observer.restart()
+            outcome = replace(outcome, why=f"{outcome.why} to the weights of step {step}")
         if outcome.keep:
             self._rescue.keep(self.base, self._steps)
+            self._note()
         raised = [factor for seen in sighting.conditions for factor in seen.scales]
         if max([*raised, *(scales.lr for scales in after)]) <= 1:
             # not before a window without one: what a factor began may overflow after it was taken off

@@ -1,9 +1,7 @@
-"""A way back from a raised factor that ends in infinity: the weights as they were while it did well.
+"""A way back from a raised factor: the weights as they were before it did harm."""
 
-SGD's steps are as long as its gradients, so that a factor that is too large doubles them until they
-overflow, in fewer steps than it takes to see it. Adam's and Muon's are bounded.
-"""
-
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,6 +19,9 @@ class Rescue:
     It is not saved with the optimizer's state: a resumed run has none until the next is kept. Running
     statistics in a model's buffers are not in it.
 
+    Args:
+        allowed: whether to keep any.
+
     Example:
         >>> weights = torch.nn.Parameter(torch.zeros(1))
         >>> sgd = torch.optim.SGD([weights], lr=1.0)
@@ -31,7 +32,8 @@ class Rescue:
         (1, 0.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: bool = True) -> None:
+        self._allowed = allowed
         self._step = 0
         self._kept: dict[tuple[int, Place], tuple[Tensor, dict[str, Any]]] = {}
 
@@ -40,9 +42,13 @@ class Rescue:
         """Whether there is anything to go back to."""
         return bool(self._kept)
 
+    def fresh(self) -> "Rescue":
+        """One with the same setting and no copy."""
+        return Rescue(self._allowed)
+
     @torch.no_grad()
     def keep(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Copy weights and state, where all of them are SGD's and no other process has to do alike.
+        """Copy weights and state, where no other process has to do alike.
 
         Where there is no memory for that there is no copy, and the factor rises without one.
 
@@ -51,11 +57,10 @@ class Rescue:
             step: optimizer steps made so far.
         """
         self.forget()
-        if not alone() or not all(type(leaf) is torch.optim.SGD for leaf in leaves(optimizer)):
+        if not (self._allowed and alone()):
             return
         try:
-            # the momentum takes as much again
-            check_room(2 * [p for group in optimizer.param_groups for p in group["params"]])
+            check_room(_tensors(optimizer))
             self._kept = {
                 (number, place): (
                     parameter.detach().clone(),
@@ -88,5 +93,19 @@ class Rescue:
         self._kept = {}
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What is copied, but for state that is nested in something else."""
+    for leaf in leaves(optimizer):
+        for _, parameter in places(leaf.param_groups):
+            yield parameter
+            state = leaf.state.get(parameter, {}).values()
+            yield from (value for value in state if isinstance(value, Tensor))
+
+
+def _copied(state: Any) -> Any:
+    # not `deepcopy` alone: of a view it copies all that is behind it
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else deepcopy(state)

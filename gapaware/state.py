@@ -131,7 +131,7 @@ class Resumable(Wrapper):
         if self._anchor is not None:
             self._anchor.restart()
         self._push, self._average, self._written = Push(), self._average.fresh(), Written()
-        self._rescue = Rescue()
+        self._rescue = self._rescue.fresh()
         self._pending, self._metrics = None, Means()
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
@@ -181,7 +181,7 @@ class Resumable(Wrapper):
                 "_anchor": anchor,
                 "_push": push,
                 "_average": average,
-                "_rescue": Rescue(),
+                "_rescue": self._rescue.fresh(),
                 "_written": Written(),  # of weights that may come from elsewhere it is not known
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),

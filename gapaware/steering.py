@@ -24,7 +24,8 @@ class Outcome:
         why: the controller's reason for it.
         interval: steps to the next snapshot that the controller wants, or None.
         several: whether each row has a factor of its own.
-        keep: whether the controller would come back to the weights of now.
+        keep: whether the controller may want to come back to the weights of now.
+        back: whether it wants to go back to those that it kept.
     """
 
     spectrum: Spectrum | None
@@ -33,6 +34,7 @@ class Outcome:
     interval: int | None
     several: bool = False
     keep: bool = False
+    back: bool = False
 
 
 class ControllerFault(RuntimeError):
@@ -125,6 +127,7 @@ class Steering:
         interval: int,
         momentum_memory: int,
         loss: float | None,
+        kept: bool = False,
     ) -> Outcome:
         """Compute the spectrum, ask the controller and keep its answer.
 
@@ -135,13 +138,14 @@ class Steering:
             interval: steps between snapshots now.
             momentum_memory: see `momentum.memory_steps`.
             loss: mean since the snapshot before, or None.
+            kept: whether there is a copy of the weights to go back to.
 
         Raises:
             ValueError: NaN or infinite updates.
             ControllerFault: the controller raised, or its answer makes no sense.
         """
         gram = sighting.gram.result().numpy()
-        now = _Now(lrs, first_lrs, interval, momentum_memory, loss)
+        now = _Now(lrs, first_lrs, interval, momentum_memory, loss, kept and self._together)
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
         if whole is None:
             return Outcome(None, "hold", "too few updates yet", None)
@@ -153,7 +157,7 @@ class Steering:
                 self._observation(sighting, gram, name, [row], now)
                 for row, name in enumerate(sighting.names)
             ]
-        decided, largest, intervals, keep = {}, (-1.0, "hold", ""), [], False
+        decided, largest, intervals, keep, back = {}, (-1.0, "hold", ""), [], False, False
         for observation in observations:
             if observation is None:
                 continue
@@ -167,7 +171,7 @@ class Steering:
             decided[name] = (after, decision.memory)
             size = abs(log(max(after.lr, 1e-30) / max(before.lr, 1e-30)))
             largest = max(largest, (size, action(before.lr, after.lr), decision.why))
-            keep = keep or decision.keep
+            keep, back = keep or decision.keep, back or decision.back
             if decision.interval is not None:
                 intervals.append(int(decision.interval))
         # only now, so that an exception in one row leaves no row changed
@@ -180,6 +184,7 @@ class Steering:
             min(intervals, default=None),
             several=not self._together,
             keep=keep,
+            back=back and now.kept,
         )
 
     def _observation(
@@ -229,6 +234,7 @@ class Steering:
             momentum_memory=now.momentum_memory,
             weight_norm=weight_norm,
             loss=now.loss,
+            kept=now.kept,
             memory=self._memory.get(name, {}),
         )
 
@@ -295,3 +301,4 @@ class _Now:
     interval: int
     momentum_memory: int
     loss: float | None
+    kept: bool

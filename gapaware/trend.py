@@ -6,7 +6,7 @@ are in units of its own standard error, or relative to its mean.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, nan, sqrt
+from math import hypot, inf, nan, sqrt
 from statistics import fmean
 from typing import Any
 
@@ -17,13 +17,19 @@ FLAT = 0.015
 # still on the plateau where the run began: above it by less than this
 LIFT = 0.06
 # close to where the run began: little to lose
-CLOSE = 0.4
+CLOSE = 0.15
 NEWEST = 3
 # falling fast: by more than this since the last snapshot, relative
 PLUNGE = 0.1
+# doing well: below by more than this, in a dozen losses
+FINE = 0.25
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
 ERRORS = 2.0
+# since the weights were kept: errors, and losses from which noise is known
+SURE, KNOWN = 3.0, 5
+# of the absolute value, in standard deviations
+MEDIAN = 0.6745
 RECENT = 12
 MEANS = 64
 FEWEST = 12
@@ -73,6 +79,13 @@ class Trend:
         return not self.recent
 
     @property
+    def _noise(self) -> float:
+        """Standard deviation of a loss, from a median, since it may have jumped; 0: not known."""
+        if len(self.recent) < KNOWN:
+            return 0.0
+        return float(np.median(np.abs(np.diff(self.recent, 2)))) / (MEDIAN * sqrt(6))
+
+    @property
     def falls(self) -> bool:
         """Whether the second half of the recent losses is below the first by more than its error."""
         change, error = self._recently()
@@ -90,13 +103,28 @@ class Trend:
         return before - newest > max(PLUNGE * abs(before), ERRORS * error)
 
     @property
-    def recovers(self) -> bool:
-        """Whether the newest losses are below their highest lately by more than their error."""
-        if len(self.recent) < RECENT:
+    def level(self) -> float:
+        """Mean of the newest losses, which there have to be."""
+        return fmean(self.recent[-NEWEST:])
+
+    def since(self, before: "Trend") -> float:
+        """Relative change of the newest losses since an earlier trend; less its error, or 0."""
+        if len(self.recent) < KNOWN or not before.recent:
+            return 0.0
+        level = before.level
+        change = self.level - level
+        error = SURE * hypot(self._noise, before._noise or self._noise) / sqrt(NEWEST)
+        size = abs(level) or 1.0
+        return (max(0.0, change - error) + min(0.0, change + error)) / size
+
+    @property
+    def fine(self) -> bool:
+        """Whether the newest losses are far below those a window ago: training does well as it is."""
+        few = min(NEWEST, len(self.recent) // 2)
+        if few < 2:
             return False
-        few = np.convolve(self.recent, np.full(NEWEST, 1 / NEWEST), mode="valid")
-        error = _deviation(self.recent) * sqrt(2 / NEWEST)
-        return bool(few[-1] < few[:-NEWEST].max() - error)
+        before = fmean(self.recent[:few])
+        return fmean(self.recent[-few:]) < before - FINE * abs(before)
 
     @property
     def rises(self) -> bool:
@@ -113,6 +141,11 @@ class Trend:
         return abs(change) + ERRORS * error < FLAT
 
     @property
+    def left(self) -> bool:
+        """Whether the newest losses are more than 6 % below where the run began."""
+        return self._so_far() < -LIFT
+
+    @property
     def unmoved(self) -> bool:
         """Whether the loss is where the run began, as is known to 1.5 %: nothing has been gained yet."""
         change, error = self._since_the_start()
@@ -120,12 +153,12 @@ class Trend:
 
     @property
     def close(self) -> bool:
-        """Whether the newest losses are within 40 % of where the run began: little to lose."""
+        """Whether the newest losses are within 15 % of where the run began: little to lose."""
         return abs(self._so_far()) < CLOSE
 
     @property
     def behind(self) -> bool:
-        """Whether the newest losses are more than 40 % below where the run began: the plateau is left."""
+        """Whether the newest losses are more than 15 % below where the run began: the plateau is left."""
         return self._so_far() < -CLOSE
 
     @property
@@ -134,17 +167,11 @@ class Trend:
         change, error = self._since_the_start()
         return change - error > -FLAT and change + error < LIFT
 
-    @property
-    def lost(self) -> bool:
-        """Whether it is more than 6 % above where the run began."""
-        change, error = self._since_the_start()
-        return change - error > -FLAT and change + error >= LIFT
-
     def _so_far(self) -> float:
         """Relative change from the first losses to the newest; NaN where there are none."""
         if not self.means or self.means[0] == 0:
             return nan
-        return (fmean(self.recent[-NEWEST:]) - self.means[0]) / abs(self.means[0])
+        return (self.level - self.means[0]) / abs(self.means[0])
 
     def _since_the_start(self) -> tuple[float, float]:
         """Relative change from the first half of the run to the newest losses, and its error."""
@@ -153,6 +180,8 @@ class Trend:
         before, after = np.array_split(self.means, 2)
         level, newest = float(np.median(before)), self.recent[RECENT // 2 :]
         size = abs(level) or 1.0
+        if level < self.means[0] - LIFT * abs(self.means[0]):
+            return inf, inf  # it left soon, and what is seen since is another plateau
         if np.median(after) < level - FLAT * size:
             return inf, inf  # it had left, and came back
         error = ERRORS * _deviation(self.recent) / sqrt(len(newest))

@@ -85,12 +85,92 @@ def test_a_momentum_that_there_was_not_begins_anew():
     assert train(GapAware(sgd, mode="observe"), loss_of, 3) == expected
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
-def test_only_sgd_is_copied(make):
-    weights, _ = problem()
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_the_state_of_any_optimizer_goes_back(make):
+    weights, loss_of = problem()
+    optimizer = make([weights], lr=0.1)
+    train(GapAware(optimizer, mode="observe"), loss_of, 5)
     rescue = Rescue()
-    rescue.keep(make([weights], lr=0.1), step=0)
-    assert not rescue.holds
+    rescue.keep(optimizer, step=5)
+    expected = train(GapAware(optimizer, mode="observe"), loss_of, 5)
+    assert rescue.put_back(optimizer) == 5
+    assert train(GapAware(optimizer, mode="observe"), loss_of, 5) == expected
+
+
+def test_a_view_is_copied_without_what_is_behind_it():
+    weights, _ = problem()
+    sgd = torch.optim.SGD([weights], lr=0.1)
+    sgd.state[weights] = {"nested": [torch.zeros(1000)[:8], {"flag": True}]}
+    rescue = Rescue()
+    rescue.keep(sgd, step=0)
+    sgd.state[weights]["nested"][0].fill_(1.0)
+    rescue.put_back(sgd)
+    buffer, rest = sgd.state[weights]["nested"]
+    assert buffer.untyped_storage().nbytes() == 32
+    assert (buffer.sum().item(), rest) == (0.0, {"flag": True})
+
+
+def test_none_is_copied_where_that_is_not_wanted():
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=1e-3)
+    optimizer = GapAware(
+        base, controller=lambda _: Decision(2.0, keep=True), interval=1, way_back=False
+    )
+    train(optimizer, loss_of, 20)
+    assert optimizer.scales == [2.0]
+    assert not optimizer._rescue.holds
+    restored = GapAware(
+        torch.optim.SGD([torch.nn.Parameter(weights.detach().clone())], lr=1e-3),
+        controller=lambda _: Decision(2.0, keep=True),
+        interval=1,
+        way_back=False,
+    )
+    restored.load_state_dict(optimizer.state_dict())
+    assert not restored._rescue._allowed
+
+
+@pytest.mark.parametrize("push", [0.0, 1.0])
+def test_a_controller_may_go_back_again_and_again(push):
+    """What goes back is not taken for weights that somebody else has written, and a push begins anew."""
+    weights, loss_of = problem()
+    base = torch.optim.AdamW([weights], lr=1e-3)
+    seen = []
+
+    def undecided(observation):
+        seen.append(observation.kept)
+        n = len(seen)
+        return Decision(2.0, "no", push=push, keep=n in (1, 5, 9), back=n in (5, 9))
+
+    optimizer = GapAware(base, controller=undecided, interval=1, max_push=2.0)
+    start, backs = None, 0
+    for _ in range(40):
+        train(optimizer, loss_of, 1)
+        if len(seen) == 1 and start is None:
+            start = weights.detach().clone()
+        before, backs = backs, sum("to the weights of step" in r["why"] for r in optimizer.history)
+        if backs > before:
+            assert torch.equal(weights, start)
+    assert backs == 2
+    assert seen[:9] == [False, *[True] * 8]
+    assert all(record["decision"] != "fault" for record in optimizer.history)
+
+
+def test_rows_that_decide_apart_do_not_go_back():
+    weights, loss_of = problem()
+    other, _ = problem()
+    groups = [{"params": [weights]}, {"params": [other]}]
+    base = torch.optim.SGD(groups, lr=1e-3)
+    kept = []
+
+    def back(observation):
+        kept.append(observation.kept)
+        return Decision(2.0, keep=True, back=True)
+
+    optimizer = GapAware(base, controller=back, interval=1, granularity="group")
+    train(optimizer, lambda: loss_of() + other.square().sum(), 20)
+    assert kept
+    assert not any(kept)
+    assert not any("to the weights of step" in record["why"] for record in optimizer.history)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
@@ -179,4 +259,24 @@ def test_the_law_keeps_where_a_factor_leaves_one_and_where_it_does_well():
     first = next(record["step"] for record in optimizer.history if record["scale"] > 1)
     assert first - 2 <= kept[0] <= first
     assert len(kept) > 3
-    assert all(after - before >= 10 for before, after in itertools.pairwise(kept))
+    assert all(after - before > 5 for before, after in itertools.pairwise(kept))
+
+
+def test_the_law_goes_back_from_a_plateau_that_its_factor_makes():
+    """At 64 times the learning rate the network dies, and the loss stands still as it did before."""
+    torch.manual_seed(0)
+    inputs = torch.rand(256, 2) * 2 - 1
+    answers = ((inputs * 3).floor().sum(1) % 2).unsqueeze(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
+    )
+    optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=3e-3))
+    loss_of = lambda: torch.nn.functional.binary_cross_entropy_with_logits(model(inputs), answers)  # noqa: E731
+    train(optimizer, loss_of, 600)
+    back = [record for record in optimizer.history if "to the weights of step" in record["why"]]
+    assert back
+    assert back[0]["next_scale"] <= back[0]["scale"] / 4 + 1e-9
