@@ -17,7 +17,7 @@ from gapaware.trend import Trend
 from gapaware.trial import Trial
 
 DRIFT_TARGET = 0.06
-TUNED = 2.0
+TUNED = 3.0
 
 # all rates are per third of the momentum's memory, as far as that is not a long one
 LONG_MEMORY = 15
@@ -92,8 +92,8 @@ def drift_law(observation: Observation) -> Decision:
 
     Where the loss falls well, by a quarter in the last dozen snapshots, training is fine and f does not
     grow. c* is for a momentum such as AdamW's; with one that makes updates twice as long it is twice as
-    large, since noise adds up more slowly than drift does, and twice as large again after a warm-up: who
-    takes that care has chosen the learning rate with some.
+    large, since noise adds up more slowly than drift does. After a warm-up f leaves 1 only where
+    c − s > 3·c* or the loss stands still: who takes that care has chosen the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
@@ -185,8 +185,7 @@ def _decide(observation: Observation) -> Decision:
     warmed_up = warms_up or bool(memory.get("warmed_up"))
     memory["warmed_up"] = warmed_up
     # over longer updates noise adds up to less of them
-    target = observation.target * _pace(observation) * (TUNED if warmed_up else 1.0)
-    observation = replace(observation, target=target)
+    observation = replace(observation, target=observation.target * _pace(observation))
     hurry = trend.close and not lengthened and not observation.pull
     coherent = motion.coherence > COHERENT
     factor, why = _wanted(observation, motion, trend, trial.reach, hurry=hurry)
@@ -196,6 +195,9 @@ def _decide(observation: Observation) -> Decision:
         limit = min(limit, _limit_ahead(observation))
     if factor > 1 and warms_up:
         factor, why = 1.0, "the schedule warms up, hold"
+    little = motion.drift.certain < TUNED * observation.target and not trend.flat
+    if factor > 1 >= observation.scale and warmed_up and little:
+        factor, why = 1.0, "too little drift for one who warms up, hold"
     if factor > 1 and trend.fine:
         factor, why = 1.0, "the loss falls well, hold"
     if factor > limit:

@@ -637,11 +637,6 @@ def test_fresh_forgets_what_depends_on_gapaware(tmp_path, monkeypatch):
     assert {kept["method"] for kept in Results(path).rows} == {"base", "grokfast"}
 
 
-def test_the_quick_results_hold_but_for_the_one_that_is_known_to_be_missed(capsys):
-    """What twice the drift after a warm-up costs; see the log of 2026-11-30."""
-    assert plateau.main(["--quick", "--from-results"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    missed = [line for line in lines if line.startswith("FAILS")]
-    assert len(missed) == 1
-    assert missed[0].startswith("FAILS  char-lm, lr x0.1: recovers >= half")
-    assert sum(line.startswith("holds") for line in lines) == 5
+def test_the_quick_results_still_hold(capsys):
+    assert plateau.main(["--quick", "--from-results"]) == 0
+    assert "FAILS" not in capsys.readouterr().out

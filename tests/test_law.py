@@ -29,7 +29,6 @@ from gapaware.law import (
     RETREAT,
     SOONEST,
     STRIDE,
-    TUNED,
     WANDERING,
     WINDOW_GROWTH,
     drift_law,
@@ -274,16 +273,21 @@ def test_a_warm_up_is_over_once_momentum_has_forgotten_it():
     assert "warms up" in drift_law(observe(x, lrs=lrs, spans=np.ones(W + 1), momentum_memory=9)).why
 
 
-def test_a_warm_up_doubles_the_target_for_good():
+def test_after_a_warm_up_the_factor_leaves_1_only_with_more_drift():
     """Who takes that care has chosen the learning rate with some."""
     lrs = np.linspace(1e-4, 1e-3, W + 1)
-    x = updates(0.45)
+    x, more = updates(0.45), updates(0.7)
     assert not drift_law(observe(x)).memory["warmed_up"]
     warming = drift_law(observe(x * lrs[:, None], lrs=lrs))
-    later = drift_law(observe(x, memory=warming.memory))
-    expected = drift_law(observe(x, target=TUNED * DRIFT_TARGET))
-    assert 1 < later.scale == expected.scale < drift_law(observe(x)).scale
-    assert drift_law(observe(x, memory=later.memory)).scale == expected.scale
+    memory = drift_law(observe(x, memory=warming.memory)).memory
+    for seen, leaves in ((x, False), (more, True)):
+        alone = drift_law(observe(seen)).scale
+        assert alone > 1
+        assert drift_law(observe(seen, memory=memory)).scale == (alone if leaves else 1.0)
+    # once it has left, nothing else is asked for
+    higher = {"scale": 1.5, "scales": np.full(W + 1, 1.5)}
+    alone = drift_law(observe(x, **higher)).scale
+    assert drift_law(observe(x, memory=memory, **higher)).scale == alone > 1.5
 
 
 def test_cooling_down_holds_whatever_is_seen():
