@@ -50,7 +50,7 @@ DESCENT = 1.12
 AGAIN, LEAST_AGAIN = 0.25, 5.0
 # what holds growth
 QUIET = 3.0
-ANNEALED = 0.5
+COOLING, ANNEALED = 0.75, 0.5
 STRIDE, FIRST_STRIDE = 0.15, 0.5
 AHEAD = 4
 # where nothing happens: windows of it until snapshots are further apart, and by how much
@@ -91,9 +91,10 @@ def drift_law(observation: Observation) -> Decision:
         f                                       otherwise
 
     Where the loss falls well, by a quarter in the last dozen snapshots, training is fine and f does not
-    grow. c* is for a momentum such as AdamW's; with one that makes updates twice as long it is twice as
-    large, since noise adds up more slowly than drift does. After a warm-up f leaves 1 only where
-    c − s > 3·c* or the loss stands still: who takes that care has chosen the learning rate with some.
+    grow; nor once the schedule has come down by a quarter of its peak. c* is for a momentum such as
+    AdamW's; with one that makes updates twice as long it is twice as large, since noise adds up more slowly
+    than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss stands still: who takes
+    that care has chosen the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
@@ -101,11 +102,11 @@ def drift_law(observation: Observation) -> Decision:
 
     A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
     window at most, where the loss has fallen since (where it is not known: where updates have not
-    lengthened). Where the loss rises above what it was then, where nothing comes of f for so long that it
-    went 30 snapshots' way at the largest f, or where an update jumps meanwhile, they go back, and f comes
-    down to a quarter; from a plateau to 1 if that is below 5. That needs a loss; where there is no copy the
-    weights stay. A jump after updates that had lengthened may be a saddle that is left, and the first one
-    on it is none to go back for.
+    lengthened). Where the loss rises above what it was then they go back, and f comes down to a quarter; as
+    where f has been 5 or more and nothing has come of it before it went 30 snapshots' way at the largest f,
+    before an update jumps, or on the first plateau before f is 1 again. Then f is 1 if a quarter is below
+    5. That needs a loss; where there is no copy the weights stay. A jump after updates that had lengthened
+    may be a saddle that is left, and the first one of a run is none to go back for.
 
     Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
     thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if
@@ -156,7 +157,8 @@ def _decide(observation: Observation) -> Decision:
     memory = {**observation.memory, "highest_lr": highest, "push": observation.push}
     trend = None
     if observation.loss is not None and isfinite(observation.loss):
-        trend = Trend.from_memory(memory.get("trend")).after(observation.loss)
+        trend = Trend.from_memory(memory.get("trend")).recalling(observation.earlier_losses)
+        trend = trend.after(observation.loss)
         memory["trend"] = trend.to_memory()
     motion, why = _motion(observation)
     if motion is None:
@@ -174,12 +176,13 @@ def _decide(observation: Observation) -> Decision:
     longest = float(memory.get("longest", 0.0))
     lengthened = max(longest, motion.newest.growth) >= LENGTHENING
     ceiling = _ceiling(observation, motion.newest)
-    jumps = ceiling["spikes"] > int(memory.get("spikes", 0))
+    spikes = int(memory.get("spikes", 0))
+    jumps = ceiling["spikes"] > spikes
     if observation.scales.max() > 1:
         spoilt = trial.spoilt(trend)
         # after updates that had lengthened it may be a saddle that is left, if this is the first time
-        jumps_back = jumps and (longest < LEAVING or trial.returns > 0)
-        if spoilt or trial.idle(trend, observation.max_scale, jumps=jumps_back):
+        ends = jumps and (longest < LEAVING or spikes > 0)
+        if spoilt or trial.idle(trend, observation.max_scale, ends=ends):
             return _back(observation, memory, trial, figures, spoilt=spoilt)
     memory["longest"] = max(longest, motion.newest.growth)
     warmed_up = warms_up or bool(memory.get("warmed_up"))
@@ -198,6 +201,8 @@ def _decide(observation: Observation) -> Decision:
     little = motion.drift.certain < TUNED * observation.target and not trend.flat
     if factor > 1 >= observation.scale and warmed_up and little:
         factor, why = 1.0, "too little drift for one who warms up, hold"
+    if factor > 1 and observation.lrs[-1] < COOLING * peak:
+        factor, why = 1.0, "the schedule comes down, hold"
     if factor > 1 and trend.fine:
         factor, why = 1.0, "the loss falls well, hold"
     if factor > limit:
@@ -206,6 +211,9 @@ def _decide(observation: Observation) -> Decision:
         why = "updates jump and turn, back"
     memory |= ceiling
     scale = min(observation.scale * factor, ceiling["ceiling"])
+    ends = observation.scale > 1 >= scale and trial.early
+    if ends and trial.idle(trend, observation.max_scale, ends=True):
+        return _back(observation, memory, trial, figures, spoilt=False)
     push = _push(observation, motion, scale)
     if push:
         why = f"{why}, and push"

@@ -79,6 +79,8 @@ class Steering:
         """Go back to the first factor and an empty memory."""
         self._may_push = True
         self._survived = inf
+        self._largest = 1.0
+        self._losses: tuple[float, ...] = ()
         self._scales: dict[str, Scales] = {}
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._undecided = self._start
@@ -87,7 +89,8 @@ class Steering:
         """Take every factor off, until the controller sets one again; a push for good.
 
         Args:
-            lost: whether the factors in force took weights to infinity: none above their root comes again.
+            lost: whether factors took weights to infinity: none above the root of the largest that the
+                window has seen comes again. The one in force may be what a jump has left of it.
             keep_memory: of the controller. Not where ranks have to agree, since the one that had the fault
                 may remember something else, nor where it may be what the fault comes from.
         """
@@ -95,8 +98,7 @@ class Steering:
             # it takes memory: what went wrong may be the lack of it
             self._may_push = False
         if lost:
-            largest = max((scales.lr for scales in self._scales.values()), default=1.0)
-            self._survived = max(1.0, min(self._survived, largest) ** 0.5)
+            self._survived = max(1.0, min(self._survived, self._largest) ** 0.5)
             self._may_push = False
         self._scales = {}
         if not keep_memory:
@@ -145,9 +147,16 @@ class Steering:
             ControllerFault: the controller raised, or its answer makes no sense.
         """
         gram = sighting.gram.result().numpy()
-        now = _Now(lrs, first_lrs, interval, momentum_memory, loss, kept and self._together)
+        seen = (factor for during in sighting.conditions for factor in during.scales)
+        self._largest = max(1.0, *seen, *(scales.lr for scales in self._scales.values()))
+        earlier = self._losses
+        now = _Now(
+            lrs, first_lrs, interval, momentum_memory, loss, earlier, kept and self._together
+        )
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
+        self._losses = ()
         if whole is None:
+            self._losses = earlier if loss is None else (*earlier, loss)
             return Outcome(None, "hold", "too few updates yet", None)
         if self._controller is None:
             return Outcome(whole.spectrum, "hold", "mode observe: nothing is scaled", None)
@@ -234,6 +243,7 @@ class Steering:
             momentum_memory=now.momentum_memory,
             weight_norm=weight_norm,
             loss=now.loss,
+            earlier_losses=now.earlier_losses,
             kept=now.kept,
             memory=self._memory.get(name, {}),
         )
@@ -246,6 +256,7 @@ class Steering:
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
             "may_push": self._may_push,
             "survived": self._survived,
+            "losses": list(self._losses),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,6 +277,7 @@ class Steering:
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(max_push, *state["undecided"])
         self._survived = survived
+        self._losses = tuple(float(loss) for loss in state.get("losses", ()))
         self._may_push, self._scales, self._memory, self._undecided = (
             may_push,
             scales,
@@ -301,4 +313,5 @@ class _Now:
     interval: int
     momentum_memory: int
     loss: float | None
+    earlier_losses: tuple[float, ...]
     kept: bool

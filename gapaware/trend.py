@@ -4,8 +4,8 @@ The updates do not show a plateau on which mini-batch noise hides the drift; the
 are in units of its own standard error, or relative to its mean.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import hypot, inf, nan, sqrt
 from statistics import fmean
 from typing import Any
@@ -72,6 +72,10 @@ class Trend:
             means = tuple((a + b) / 2 for a, b in zip(means[:-1:2], means[1::2], strict=True))
             width *= 2
         return Trend(recent, means, width, total, count)
+
+    def recalling(self, losses: Iterable[float]) -> "Trend":
+        """The trend with losses that are among the last ones, and before what it calls the run."""
+        return replace(self, recent=(*self.recent, *losses)[-RECENT:])
 
     @property
     def unknown(self) -> bool:

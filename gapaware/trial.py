@@ -15,6 +15,8 @@ from gapaware.trend import LIFT, Trend
 LOST, GAINED = 0.06, 0.015
 # snapshots in which it may stand still at the largest factor, or for as long a way with a smaller one
 STILL = 30
+# a way with smaller factors is hardly another one, and not undone
+UNDONE = 5.0
 # a guess by the loss alone goes this far, and on if nothing comes of it in so many snapshots
 FAR, NEAR, AT_IT = 16.0, 15, (0.9, 1.5)
 
@@ -29,6 +31,7 @@ class Trial:
         still: the sum of the factors in the last snapshots, in all of which the loss stood still.
         near: snapshots on the first plateau in which the factor was `FAR`.
         returns: how often the weights have gone back.
+        largest: factor since they were kept.
 
     Example:
         >>> begun = Trend()
@@ -47,31 +50,38 @@ class Trial:
     still: float = 0.0
     near: int = 0
     returns: int = 0
+    largest: float = 1.0
 
     def after(self, scale: float, trend: Trend) -> "Trial":
         """The trial with one more snapshot at this factor."""
+        age, largest = self.age + 1, max(self.largest, scale)
         if trend.unknown:
-            return replace(self, age=self.age + 1)
+            return replace(self, age=age, largest=largest)
         low, high = AT_IT
         near = self.near + (trend.lifted and low * FAR <= scale < high * FAR)
         stands = scale > 1 and (trend.flat or trend.lifted)
-        return replace(
-            self, age=self.age + 1, still=self.still + scale if stands else 0.0, near=near
-        )
+        still = self.still + scale if stands else 0.0
+        return replace(self, age=age, still=still, near=near, largest=largest)
 
     def begun(self, trend: Trend) -> "Trial":
         """The trial that begins where the weights are kept now; without a loss nothing is known of it."""
-        return replace(self, kept=None if trend.unknown else trend, age=0)
+        return replace(self, kept=None if trend.unknown else trend, age=0, largest=1.0)
 
     def given_up(self, *, keeps: bool) -> "Trial":
         """The trial after a return to the weights that were kept, and are still if it `keeps` them."""
         kept = self.kept if keeps else None
-        return replace(self, kept=kept, age=0, still=0.0, returns=self.returns + 1)
+        returns = self.returns + 1
+        return replace(self, kept=kept, age=0, still=0.0, returns=returns, largest=1.0)
 
     @property
     def reach(self) -> float:
         """How far a guess by the loss alone may raise the factor."""
         return FAR if self.near <= NEAR else inf
+
+    @property
+    def early(self) -> bool:
+        """Whether it began on the first plateau."""
+        return self.kept is not None and not self.kept.left
 
     def spoilt(self, trend: Trend) -> bool:
         """Whether the loss is more than 6 % above what it was when the weights were kept."""
@@ -83,17 +93,17 @@ class Trial:
             return False
         return trend.since(self.kept) < -(GAINED if self.kept.left else LIFT)
 
-    def idle(self, trend: Trend, max_scale: float, *, jumps: bool = False) -> bool:
+    def idle(self, trend: Trend, max_scale: float, *, ends: bool = False) -> bool:
         """Whether nothing has come of it.
 
         Args:
             trend: of the loss now.
             max_scale: the largest factor there may be.
-            jumps: whether an update has jumped and turned, which is reason enough to end it.
+            ends: whether it is over anyway: an update has jumped and turned, or the factor is 1 again.
         """
-        spent = jumps or self.still > STILL * max_scale
+        spent = ends or self.still > STILL * max_scale
         known = self.kept is not None and not trend.unknown
-        return spent and known and not self.gained(trend)
+        return spent and known and self.largest >= UNDONE and not self.gained(trend)
 
     def to_memory(self) -> dict[str, Any]:
         """Numbers and lists, for `Decision.memory`."""

@@ -227,6 +227,18 @@ def test_weights_that_others_load_are_not_overwritten():
     assert not optimizer._rescue.holds
 
 
+def test_not_what_a_jump_has_left_of_a_factor_is_blamed():
+    weights, loss_of = problem()
+    factors = iter([Decision(50.0, keep=True), *[50.0] * 2, *[4.0] * 100])
+    base = torch.optim.SGD([weights], lr=1e-3)
+    optimizer = GapAware(base, controller=lambda _: next(factors), interval=1, max_scale=64)
+    train(optimizer, loss_of, 10)
+    assert optimizer.scales == [4.0]
+    with pytest.warns(UserWarning, match="weights and state are those of step"):
+        train(optimizer, lambda: math.nan * loss_of(), 2)
+    assert optimizer._steering.max_scale == 50**0.5
+
+
 def test_the_bound_that_is_left_is_saved():
     weights, loss_of = problem()
     base = torch.optim.SGD([weights], lr=0.1, momentum=0.9)

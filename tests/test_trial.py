@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gapaware.trend import Trend
-from gapaware.trial import FAR, NEAR, STILL, Trial
+from gapaware.trial import FAR, NEAR, STILL, UNDONE, Trial
 
 NOISE = 0.002 * np.random.default_rng(3).normal(size=40)
 
@@ -45,9 +45,10 @@ def test_what_stands_still_adds_up_until_the_loss_moves_or_the_factor_is_1():
 def test_a_snapshot_without_a_loss_tells_nothing():
     trial = Trial(kept=FLAT, still=STILL * 64.0 - 1).after(8.0, Trend())
     assert (trial.still, trial.age) == (STILL * 64.0 - 1, 1)
-    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1)
+    assert trial.largest == 8.0
+    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1, largest=64.0)
     assert spent.idle(FLAT, 64.0)
-    assert not spent.idle(Trend(), 64.0, jumps=True)
+    assert not spent.idle(Trend(), 64.0, ends=True)
 
 
 def test_a_plateau_beyond_the_first_one_stands_still_too():
@@ -71,15 +72,16 @@ def test_a_guess_by_the_loss_alone_goes_on_once_it_has_been_near_for_long(scale,
 
 
 def test_a_trial_begins_where_the_weights_are_kept():
-    old = Trial(kept=FALLING, age=7, still=3.0, near=2, returns=1)
-    assert old.begun(FLAT) == replace(old, kept=FLAT, age=0)
+    old = Trial(kept=FALLING, age=7, still=3.0, near=2, returns=1, largest=8.0)
+    assert old.begun(FLAT) == replace(old, kept=FLAT, age=0, largest=1.0)
     # without a loss nothing is known of it
     assert old.begun(Trend()).kept is None
 
 
 @pytest.mark.parametrize(("keeps", "kept"), [(True, FLAT), (False, None)])
 def test_returns_are_counted(keeps, kept):
-    ended = Trial(kept=FLAT, age=7, still=3.0, near=2, returns=1).given_up(keeps=keeps)
+    begun = Trial(kept=FLAT, age=7, still=3.0, near=2, returns=1, largest=8.0)
+    ended = begun.given_up(keeps=keeps)
     assert ended == Trial(kept=kept, near=2, returns=2)
 
 
@@ -115,18 +117,23 @@ def test_less_is_a_gain_beyond_the_first_plateau(kept, share, gained):
     assert not Trial().gained(now)
 
 
-def test_idle_where_nothing_came_of_it_for_long_or_until_a_jump():
-    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1)
+def test_idle_where_nothing_came_of_it_for_long_or_until_its_end():
+    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1, largest=UNDONE)
     assert spent.idle(FLAT, 64.0)
     assert not replace(spent, still=STILL * 64.0).idle(FLAT, 64.0)
     assert not spent.idle(FLAT, 65.0)
-    jumped = Trial(kept=FLAT)
-    assert not jumped.idle(FLAT, 64.0)
-    assert jumped.idle(FLAT, 64.0, jumps=True)
-    # neither where the loss has fallen, nor where nothing was kept
-    for jumps in (True, False):
-        assert not spent.idle(moved(FLAT, 1.5), 64.0, jumps=jumps)
-        assert not replace(spent, kept=None).idle(FLAT, 64.0, jumps=jumps)
+    ended = replace(spent, still=0.0)
+    assert not ended.idle(FLAT, 64.0)
+    assert ended.idle(FLAT, 64.0, ends=True)
+    # neither where the loss has fallen, nor where nothing was kept, nor where factors were small
+    for ends in (True, False):
+        assert not spent.idle(moved(FLAT, 1.5), 64.0, ends=ends)
+        assert not replace(spent, kept=None).idle(FLAT, 64.0, ends=ends)
+        assert not replace(spent, largest=0.99 * UNDONE).idle(FLAT, 64.0, ends=ends)
+
+
+def test_early_on_the_first_plateau_only():
+    assert [Trial(kept=kept).early for kept in (FLAT, BEYOND, None)] == [True, False, False]
 
 
 @pytest.mark.parametrize("kept", [FLAT, None])
