@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gapaware.history import Record
-from gapaware.panels import GREY, INK, PANELS, RED, Labels, series
+from gapaware.panels import DUSK, GREY, INK, PANELS, RED, Labels, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FULL_FAULT_LINES = 12  # more than that would hide the panels: short ticks at the bottom instead
+_FULL_LINES = 12  # more than that would hide the panels: short ticks at the bottom instead
 _LABEL_POINTS = 8.5
 
 
@@ -90,7 +90,7 @@ def draw(
             ax = grid[down, across]
             ax.set_label(name)
             labels[ax] = paint(ax, records)
-            _mark_faults(ax, records, labelled=down == 0)
+            _mark_events(ax, records, labelled=down == 0)
             if across:
                 ax.set_ylabel("")
         subtitle = subtitles[across] if subtitles else ""
@@ -111,14 +111,20 @@ def _as_runs(runs: Sequence[Any]) -> list[list[Record]]:
     return columns
 
 
-def _mark_faults(ax: Axes, records: Sequence[Record], *, labelled: bool) -> None:
-    steps = [record["step"] for record in records if record.get("decision") == "fault"]
-    height, style = (1.0, ":") if len(steps) <= _FULL_FAULT_LINES else (0.07, "-")
-    for step in steps:
-        ax.axvline(step, 0, height, color=RED, linewidth=0.9, linestyle=style)
-    if steps and labelled:
-        text = "1 fault" if len(steps) == 1 else f"{len(steps)} faults"
-        ax.set_title(text, loc="right", fontsize=_LABEL_POINTS, color=RED)
+def _mark_events(ax: Axes, records: Sequence[Record], *, labelled: bool) -> None:
+    """Dotted lines where the weights went back, and where there were faults."""
+    faults = [record["step"] for record in records if record.get("decision") == "fault"]
+    returns = [record["step"] for record in records if record.get("back_to") is not None]
+    texts = []
+    for steps, what, color in ((returns, "return", DUSK), (faults, "fault", RED)):
+        height, style = (1.0, ":") if len(steps) <= _FULL_LINES else (0.07, "-")
+        for step in steps:
+            ax.axvline(step, 0, height, color=color, linewidth=0.9, linestyle=style)
+        if steps:
+            texts.append(f"{len(steps)} {what}" + "s" * (len(steps) > 1))
+    if texts and labelled:
+        color = RED if faults else DUSK
+        ax.set_title(", ".join(texts), loc="right", fontsize=_LABEL_POINTS, color=color)
 
 
 def _title(ax: Axes, name: str, subtitle: str) -> None:

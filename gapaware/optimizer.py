@@ -372,11 +372,12 @@ class GapAware(Evaluating):
             "interval": interval,
         }
         after = [self._steering.scales(name) for name in sighting.names]
+        back_to = None
         if outcome.back:
-            step = self._rescue.put_back(self.base)
+            back_to = self._rescue.put_back(self.base)
             self._notice()
             self._observer.restart()
-            outcome = replace(outcome, why=f"{outcome.why} to the weights of step {step}")
+            outcome = replace(outcome, why=f"{outcome.why} to the weights of step {back_to}")
         if outcome.keep:
             self._rescue.keep(self.base, self._steps)
             self._note()
@@ -384,7 +385,7 @@ class GapAware(Evaluating):
         if max([*raised, *(scales.lr for scales in after)]) <= 1:
             # not before a window without one: what a factor began may overflow after it was taken off
             self._rescue.forget()
-        self.history.append(record(sighting, outcome, after, metrics, clock))
+        self.history.append(record(sighting, outcome, after, metrics, clock, back_to))
 
     def _warn_of_risk(self, limit: float) -> None:
         if "risk" in self._warned or not self.history or not is_first():
@@ -466,8 +467,9 @@ class GapAware(Evaluating):
         lost = isinstance(error, NotFinite) and self._rescue.holds
         why = f"{doing}: {type(error).__name__}: {error}"
         self._steering.release(keep_memory=not again and not self._is_shared(), lost=lost)
+        back_to = self._rescue.put_back(self.base) if lost else None
         if lost:
-            why += f"; weights and state are those of step {self._rescue.put_back(self.base)} again"
+            why += f"; weights and state are those of step {back_to} again"
         if not decided:
             self._observer.restart()
         self._pending = None
@@ -475,7 +477,7 @@ class GapAware(Evaluating):
         if self._interval_is_auto:
             self._interval = self._first_interval
         self._next_snapshot = self._steps + self._interval
-        self.history.append(fault_record(self._steps, self._interval, why))
+        self.history.append(fault_record(self._steps, self._interval, why, back_to))
         kind = f"{doing}: {type(error).__name__}"
         if kind not in self._warned:
             self._warned.add(kind)

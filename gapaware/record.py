@@ -15,6 +15,7 @@ def record(
     after: Sequence[Scales],
     metrics: Mapping[str, float],
     clock: Mapping[str, float],
+    back_to: int | None = None,
 ) -> dict[str, Any]:
     """Describe a snapshot in plain values.
 
@@ -24,13 +25,15 @@ def record(
         after: factors on each row from now on.
         metrics: what was logged since the snapshot before; "loss" gets a place of its own.
         clock: times and the interval.
+        back_to: the step whose weights are in the model again, where they have gone back.
 
     Returns:
         With the keys step, lr and lr_scaled (a value for each parameter group, before and after
         scaling), scale (the factor during the update), next_scale (the one decided on),
         weight_decay_scale, regime, decision, why and spectrum; risk (of forgetting) where the start is
         known; pull, push, average and momentum_scale (those decided on) where there are any; scales by row
-        when there are several factors; loss and metrics where they were logged; and those of `clock`.
+        when there are several factors; loss and metrics where they were logged; back_to where there is
+        one; and those of `clock`.
     """
     during = sighting.conditions[-1]
     by_group: dict[int, tuple[float, float]] = {}
@@ -65,12 +68,14 @@ def record(
     others = {name: value for name, value in metrics.items() if name != "loss"}
     if others:
         described["metrics"] = others
+    if back_to is not None:
+        described["back_to"] = back_to
     return described
 
 
-def fault_record(step: int, interval: int, why: str) -> dict[str, Any]:
+def fault_record(step: int, interval: int, why: str, back_to: int | None = None) -> dict[str, Any]:
     """Describe a fault after which the factors were taken off."""
-    return {
+    described: dict[str, Any] = {
         "step": step,
         "interval": interval,
         "scale": 1.0,
@@ -79,3 +84,6 @@ def fault_record(step: int, interval: int, why: str) -> dict[str, Any]:
         "why": why,
         "spectrum": None,
     }
+    if back_to is not None:
+        described["back_to"] = back_to
+    return described

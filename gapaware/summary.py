@@ -11,7 +11,7 @@ import numpy as np
 from gapaware.history import Record, column
 from gapaware.spectrum import REGIME_BOUNDS
 
-_FAULTS_SHOWN = 3
+_EVENTS_SHOWN = 3
 
 
 def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
@@ -67,6 +67,11 @@ def statistics(header: Mapping[str, Any], records: Sequence[Record]) -> dict[str
         if loss.size
         else None,
         "risk": {"last": float(risk[-1]), "largest": float(risk.max())} if risk.size else None,
+        "returns": [
+            {"step": record.get("step"), "back_to": record["back_to"]}
+            for record in records
+            if record.get("back_to") is not None
+        ],
         "faults": [
             {"step": record.get("step"), "why": record.get("why", "")}
             for record in records
@@ -104,6 +109,7 @@ def summarize(header: Mapping[str, Any], records: Sequence[Record]) -> str:
         "a": _adiabaticity_line(found),
         "loss": _loss_line(found),
         "risk": _risk_line(found),
+        "returns": _return_line(found["returns"]),
         "faults": _fault_line(found["faults"]),
     }
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items() if line)
@@ -275,12 +281,20 @@ def _risk_line(found: Mapping[str, Any]) -> str:
     return line + " (squared distance from the start, relative)"
 
 
+def _return_line(returns: Sequence[Mapping[str, Any]]) -> str:
+    return _first_few([f"from step {each['step']} to {each['back_to']}" for each in returns])
+
+
 def _fault_line(faults: Sequence[Mapping[str, Any]]) -> str:
-    if not faults:
+    return _first_few([f"step {fault['step']} ({fault['why']})" for fault in faults])
+
+
+def _first_few(events: Sequence[str]) -> str:
+    if not events:
         return ""
-    shown = [f"step {fault['step']} ({fault['why']})" for fault in faults[:_FAULTS_SHOWN]]
-    more = [f"{len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-    return f"{len(faults)}: " + ", ".join(shown + more)
+    shown = list(events[:_EVENTS_SHOWN])
+    more = [f"{len(events) - len(shown)} more"] if len(events) > len(shown) else []
+    return f"{len(events)}: " + ", ".join(shown + more)
 
 
 def _span(bounds: Mapping[str, float]) -> str:

@@ -99,7 +99,8 @@ def known_run():
         snapshot(20, a=0.05, decision="raise", scale=2.0, risk=0.02),
         fault(25),
         snapshot(30, a=0.5, decision="raise", scale=8.0, gap_position=2, lr=(1e-3, 5e-4), push=1.5),
-        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01, average=True),
+        snapshot(40, a=5.0, decision="lower", scale=4.0, loss=0.5, risk=0.01, average=True)
+        | {"back_to": 20},
     ]
 
 
@@ -123,6 +124,7 @@ def test_statistics_of_a_run_worked_out_by_hand():
     assert found["loss"] == {"first": 3.0, "last": 0.5, "lowest": 0.5}
     assert found["risk"] == {"last": 0.01, "largest": 0.02}
     assert found["faults"] == [{"step": 25, "why": "non-finite update"}]
+    assert found["returns"] == [{"step": 40, "back_to": 20}]
     json.dumps(found, allow_nan=False)
 
 
@@ -157,6 +159,7 @@ def test_summary_reads_as_a_table():
         "a": "median 0.28",
         "loss": "3 -> 0.5, lowest 0.5",
         "risk": "of forgetting: 0.01 at the end, largest 0.02 (squared distance from the start, relative)",
+        "returns": "1: from step 40 to 20",
         "faults": "1: step 25 (non-finite update)",
     }
 
@@ -259,6 +262,7 @@ def hard_runs():
         "three records": a_run(3),
         "faults only": [fault(step) for step in range(30)],
         "faults between": [*a_run(5), fault(55), *a_run(90)[5:]],
+        "returns": [{**snapshot(i), "back_to": max(0, i - 3)} for i in range(30)],
         "null spectra": [{**snapshot(i, loss=None), "spectrum": nothing} for i in range(5)],
         "NaN in memory": [snapshot(i, a=math.nan, loss=math.nan) for i in range(5)],
         "low rank": [snapshot(i, sigma=(1.0, 0.0, 0.0)) for i in range(5)],
@@ -276,6 +280,19 @@ def test_hard_runs_are_drawn_without_a_warning(name):
     figure = draw(hard_runs()[name], subtitles=["a b " * 90])
     figure.draw_without_rendering()
     assert {"singular values", "adiabaticity", "scale", "lr"} <= panels(figure).keys()
+
+
+def test_returns_and_faults_are_marked_and_counted():
+    returned = {**snapshot(50), "back_to": 40}
+    for between, said in (
+        ([], ""),
+        ([returned], "1 return"),
+        ([returned, returned, fault(55)], "2 returns, 1 fault"),
+    ):
+        axes = draw([*a_run(4), *between]).axes
+        assert [ax.get_title(loc="right") for ax in axes] == [said] + [""] * (len(axes) - 1)
+        dotted = [line for line in axes[-1].get_lines() if line.get_linestyle() == ":"]
+        assert len(dotted) == len(between)
 
 
 def test_blocks_and_groups_are_told_apart():
