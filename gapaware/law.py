@@ -14,7 +14,7 @@ from gapaware.drift import Drift, Newest, drift, newest, per_learning_rate
 from gapaware.momentum import interval_for
 from gapaware.spectrum import adiabaticity
 from gapaware.trend import Trend
-from gapaware.trial import Trial
+from gapaware.trial import SMALL, Trial
 
 DRIFT_TARGET = 0.06
 TUNED = 3.0
@@ -46,8 +46,8 @@ RETREAT = 0.9
 LEAP = 2.0
 BRAKE = 0.78
 DESCENT = 1.12
-# back to the weights that were kept: the factor there, and the least to try the plateau with again
-AGAIN, LEAST_AGAIN = 0.25, 5.0
+# back to the weights that were kept: what is left of the factor there
+AGAIN = 0.25
 # what holds growth
 QUIET = 3.0
 COOLING, ANNEALED = 0.75, 0.5
@@ -242,7 +242,7 @@ def _back(
     """Back to the weights that were kept with a quarter of the factor, from a plateau to 1 at last."""
     least = min(1.0, observation.scale)
     scale = max(least, AGAIN * observation.scale)
-    if not spoilt and scale < LEAST_AGAIN:
+    if not spoilt and scale < SMALL:
         scale = least
     # kept weights are an interval later than the loss they were kept for, and may be spoilt themselves
     keep = not spoilt and scale > 1

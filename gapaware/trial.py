@@ -15,8 +15,8 @@ from gapaware.trend import LIFT, Trend
 LOST, GAINED = 0.06, 0.015
 # snapshots in which it may stand still at the largest factor, or for as long a way with a smaller one
 STILL = 30
-# a way with smaller factors is hardly another one, and not undone
-UNDONE = 5.0
+# a smaller factor is hardly one: neither worth another try, nor is what it did undone
+SMALL = 5.0
 # a guess by the loss alone goes this far, and on if nothing comes of it in so many snapshots
 FAR, NEAR, AT_IT = 16.0, 15, (0.9, 1.5)
 
@@ -103,7 +103,7 @@ class Trial:
         """
         spent = ends or self.still > STILL * max_scale
         known = self.kept is not None and not trend.unknown
-        return spent and known and self.largest >= UNDONE and not self.gained(trend)
+        return spent and known and self.largest >= SMALL and not self.gained(trend)
 
     def to_memory(self) -> dict[str, Any]:
         """Numbers and lists, for `Decision.memory`."""

@@ -19,7 +19,6 @@ from gapaware.law import (
     FIRST_STRIDE,
     GROWTH,
     LEAP,
-    LEAST_AGAIN,
     LEAVING,
     LENGTHENING,
     MOMENTUM_EXPONENT,
@@ -37,7 +36,7 @@ from gapaware.momentum import interval_for
 from gapaware.retain_law import FIRST_PULL, RETAIN_TARGET, retain_law
 from gapaware.spectrum import adiabaticity, spectrum
 from gapaware.trend import Trend
-from gapaware.trial import FAR, NEAR, STILL, UNDONE, Trial
+from gapaware.trial import FAR, NEAR, SMALL, STILL, Trial
 
 W, P, SPAN = 10, 3000, 5.0
 
@@ -492,15 +491,15 @@ def test_where_nothing_comes_of_a_factor_the_weights_go_back():
     later = drift_law(observe(updates(6.0), scale=16.0, loss=0.69, memory=seen.memory))
     assert later.scale == pytest.approx(16.0 * (1 + RECOVERY / 2))
     # from a plateau a factor that is hardly one is given up, and the copy with it
-    least = LEAST_AGAIN / AGAIN
-    assert decide_at_rest(least, still=enough).scale == LEAST_AGAIN
+    least = SMALL / AGAIN
+    assert decide_at_rest(least, still=enough).scale == SMALL
     given_up = decide_at_rest(least - 1, still=enough)
     assert (given_up.scale, given_up.back, given_up.keep) == (1.0, True, False)
     assert given_up.memory["trial"]["kept"] is None
 
 
 @pytest.mark.parametrize(
-    ("largest", "fell", "back"), [(UNDONE, 0.03, True), (4.9, 0.03, False), (UNDONE, 0.1, False)]
+    ("largest", "fell", "back"), [(SMALL, 0.03, True), (4.9, 0.03, False), (SMALL, 0.1, False)]
 )
 def test_a_trial_that_ends_on_the_first_plateau_is_undone(largest, fell, back):
     """Weights that a large factor has spoilt would be all that is left of it."""

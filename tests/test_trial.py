@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gapaware.trend import Trend
-from gapaware.trial import FAR, NEAR, STILL, UNDONE, Trial
+from gapaware.trial import FAR, NEAR, SMALL, STILL, Trial
 
 NOISE = 0.002 * np.random.default_rng(3).normal(size=40)
 
@@ -118,7 +118,7 @@ def test_less_is_a_gain_beyond_the_first_plateau(kept, share, gained):
 
 
 def test_idle_where_nothing_came_of_it_for_long_or_until_its_end():
-    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1, largest=UNDONE)
+    spent = Trial(kept=FLAT, still=STILL * 64.0 + 1, largest=SMALL)
     assert spent.idle(FLAT, 64.0)
     assert not replace(spent, still=STILL * 64.0).idle(FLAT, 64.0)
     assert not spent.idle(FLAT, 65.0)
@@ -129,7 +129,7 @@ def test_idle_where_nothing_came_of_it_for_long_or_until_its_end():
     for ends in (True, False):
         assert not spent.idle(moved(FLAT, 1.5), 64.0, ends=ends)
         assert not replace(spent, kept=None).idle(FLAT, 64.0, ends=ends)
-        assert not replace(spent, largest=0.99 * UNDONE).idle(FLAT, 64.0, ends=ends)
+        assert not replace(spent, largest=0.99 * SMALL).idle(FLAT, 64.0, ends=ends)
 
 
 def test_early_on_the_first_plateau_only():
