@@ -30,7 +30,6 @@ class Trial:
         age: snapshots since then.
         still: the sum of the factors in the last snapshots, in all of which the loss stood still.
         near: snapshots on the first plateau in which the factor was `FAR`.
-        returns: how often the weights have gone back.
         largest: factor since they were kept.
 
     Example:
@@ -49,7 +48,6 @@ class Trial:
     age: int = 0
     still: float = 0.0
     near: int = 0
-    returns: int = 0
     largest: float = 1.0
 
     def after(self, scale: float, trend: Trend) -> "Trial":
@@ -70,8 +68,7 @@ class Trial:
     def given_up(self, *, keeps: bool) -> "Trial":
         """The trial after a return to the weights that were kept, and are still if it `keeps` them."""
         kept = self.kept if keeps else None
-        returns = self.returns + 1
-        return replace(self, kept=kept, age=0, still=0.0, returns=returns, largest=1.0)
+        return replace(self, kept=kept, age=0, still=0.0, largest=1.0)
 
     @property
     def reach(self) -> float:

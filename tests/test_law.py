@@ -485,7 +485,7 @@ def test_where_nothing_comes_of_a_factor_the_weights_go_back():
     assert (seen.scale, seen.back, seen.keep) == (AGAIN * 64.0, True, True)
     assert "nothing comes of it, back" in seen.why
     begun = trend(*(0.69 + NOISE[:100]))["trend"]
-    assert seen.memory["trial"] == Trial(kept=Trend.from_memory(begun), returns=1).to_memory()
+    assert seen.memory["trial"] == Trial(kept=Trend.from_memory(begun)).to_memory()
     # it stays below that for a while
     assert (seen.memory["ceiling"], seen.memory["spikes"], seen.memory["push"]) == (16.0, 1, 0.0)
     later = drift_law(observe(updates(6.0), scale=16.0, loss=0.69, memory=seen.memory))
@@ -532,7 +532,7 @@ def test_where_the_loss_is_above_that_of_the_weights_kept_they_go_back():
     # the weights kept may be spoilt themselves, and the factor is less than is tried on a plateau
     assert (spoilt.scale, spoilt.back, spoilt.keep) == (2.0, True, False)
     assert "above that of the weights kept, back" in spoilt.why
-    assert spoilt.memory["trial"] == Trial(returns=1).to_memory()
+    assert spoilt.memory["trial"] == Trial().to_memory()
     assert decide(2.2, scale=2.0).scale == 1.0
     # what no factor did is the run's own, but one that was taken off a moment ago
     assert not decide(2.2, scale=1.0).back

@@ -72,17 +72,17 @@ def test_a_guess_by_the_loss_alone_goes_on_once_it_has_been_near_for_long(scale,
 
 
 def test_a_trial_begins_where_the_weights_are_kept():
-    old = Trial(kept=FALLING, age=7, still=3.0, near=2, returns=1, largest=8.0)
+    old = Trial(kept=FALLING, age=7, still=3.0, near=2, largest=8.0)
     assert old.begun(FLAT) == replace(old, kept=FLAT, age=0, largest=1.0)
     # without a loss nothing is known of it
     assert old.begun(Trend()).kept is None
 
 
 @pytest.mark.parametrize(("keeps", "kept"), [(True, FLAT), (False, None)])
-def test_returns_are_counted(keeps, kept):
-    begun = Trial(kept=FLAT, age=7, still=3.0, near=2, returns=1, largest=8.0)
+def test_after_a_return_it_begins_anew(keeps, kept):
+    begun = Trial(kept=FLAT, age=7, still=3.0, near=2, largest=8.0)
     ended = begun.given_up(keeps=keeps)
-    assert ended == Trial(kept=kept, near=2, returns=2)
+    assert ended == Trial(kept=kept, near=2)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_early_on_the_first_plateau_only():
 
 @pytest.mark.parametrize("kept", [FLAT, None])
 def test_a_checkpoint_holds_a_trial(kept):
-    trial = Trial(kept=kept, returns=2).after(FAR, FLAT)
+    trial = Trial(kept=kept).after(FAR, FLAT)
     assert (trial.near, trial.still) == (1, FAR)
     assert Trial.from_memory(json.loads(json.dumps(trial.to_memory()))) == trial
     assert Trial.from_memory(None) == Trial()
