@@ -102,11 +102,11 @@ def drift_law(observation: Observation) -> Decision:
 
     A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
     window at most, where the loss has fallen since (where it is not known: where updates have not
-    lengthened). Where the loss rises above what it was then they go back, and f comes down to a quarter; as
-    where f has been 5 or more and nothing has come of it before it went 30 snapshots' way at the largest f,
-    before an update jumps, or on the first plateau before f is 1 again. Then f is 1 if a quarter is below
-    5. That needs a loss; where there is no copy the weights stay. A jump after updates that had lengthened
-    may be a saddle that is left, and the first one of a run is none to go back for.
+    lengthened). If f has been 5 or more since, they go back, and f comes down to a quarter, where the loss
+    rises above what it was then, or where nothing has come of it: after 30 snapshots' way at the largest f,
+    when an update jumps, or on the first plateau when f is 1 again; then to 1 if a quarter is below 5. That
+    needs a loss; where there is no copy the weights stay. A jump after updates that had lengthened may be a
+    saddle that is left, and the first one of a run is none to go back for.
 
     Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
     thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if

@@ -80,9 +80,14 @@ class Trial:
         """Whether it began on the first plateau."""
         return self.kept is not None and not self.kept.left
 
+    @property
+    def _origin(self) -> Trend | None:
+        """The trend to go back to; None where there is none, or no way from there worth undoing."""
+        return self.kept if self.largest >= SMALL else None
+
     def spoilt(self, trend: Trend) -> bool:
         """Whether the loss is more than 6 % above what it was when the weights were kept."""
-        return self.kept is not None and trend.since(self.kept) > LOST
+        return self._origin is not None and trend.since(self._origin) > LOST
 
     def gained(self, trend: Trend) -> bool:
         """Whether it is below that by 1.5 %, or 6 % on the first plateau."""
@@ -99,8 +104,8 @@ class Trial:
             ends: whether it is over anyway: an update has jumped and turned, or the factor is 1 again.
         """
         spent = ends or self.still > STILL * max_scale
-        known = self.kept is not None and not trend.unknown
-        return spent and known and self.largest >= SMALL and not self.gained(trend)
+        known = self._origin is not None and not trend.unknown
+        return spent and known and not self.gained(trend)
 
     def to_memory(self) -> dict[str, Any]:
         """Numbers and lists, for `Decision.memory`."""

@@ -533,10 +533,12 @@ def test_where_the_loss_is_above_that_of_the_weights_kept_they_go_back():
     assert (spoilt.scale, spoilt.back, spoilt.keep) == (2.0, True, False)
     assert "above that of the weights kept, back" in spoilt.why
     assert spoilt.memory["trial"] == Trial().to_memory()
-    assert decide(2.2, scale=2.0).scale == 1.0
+    small = decide(2.2, scale=4.0)
+    assert (small.scale, small.back) == (pytest.approx(4.0 * RETREAT), False)
     # what no factor did is the run's own, but one that was taken off a moment ago
     assert not decide(2.2, scale=1.0).back
-    assert decide(2.2, scale=1.0, scales=np.linspace(2.0, 1.0, W + 1)).back
+    begun = trial(*(2.0 + NOISE[:20]), largest=SMALL)
+    assert decide(2.2, scale=1.0, scales=np.linspace(SMALL, 1.0, W + 1)).back
 
 
 def test_a_jump_ends_a_trial_but_for_the_first_one_off_a_saddle():

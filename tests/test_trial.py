@@ -90,8 +90,10 @@ def test_after_a_return_it_begins_anew(keeps, kept):
 )
 def test_spoilt_where_the_loss_is_6_percent_above_what_it_was(level, spoilt):
     now = moved(FLAT, level)
-    assert Trial(kept=FLAT).spoilt(now) == spoilt
-    assert not Trial().spoilt(now)
+    assert Trial(kept=FLAT, largest=SMALL).spoilt(now) == spoilt
+    # neither what a small factor did, which the run may do by itself, nor where nothing was kept
+    assert not Trial(kept=FLAT, largest=0.99 * SMALL).spoilt(now)
+    assert not Trial(largest=SMALL).spoilt(now)
 
 
 def test_noise_spoils_nothing_and_gains_nothing():
@@ -102,7 +104,7 @@ def test_noise_spoils_nothing_and_gains_nothing():
         level = change * noisy.level
         now = noisy.after(level - 0.3).after(level + 0.4).after(level - 0.1)
         assert now.level == pytest.approx(level)
-        assert not Trial(kept=noisy).spoilt(now)
+        assert not Trial(kept=noisy, largest=SMALL).spoilt(now)
         assert not Trial(kept=noisy).gained(now)
 
 
