@@ -157,8 +157,8 @@ def _decide(observation: Observation) -> Decision:
     memory = {**observation.memory, "highest_lr": highest, "push": observation.push}
     trend = None
     if observation.loss is not None and isfinite(observation.loss):
-        trend = Trend.from_memory(memory.get("trend")).recalling(observation.earlier_losses)
-        trend = trend.after(observation.loss)
+        earlier = filter(isfinite, observation.earlier_losses)
+        trend = Trend.from_memory(memory.get("trend")).recalling(earlier).after(observation.loss)
         memory["trend"] = trend.to_memory()
     motion, why = _motion(observation)
     if motion is None:

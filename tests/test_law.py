@@ -305,6 +305,8 @@ def test_losses_from_before_the_first_decision_tell_how_well_it_does():
     fell = drift_law(replace(early, earlier_losses=(0.97, 0.95, 0.7)))
     assert fell.scale == 1
     assert "falls well" in fell.why
+    spoilt = drift_law(replace(early, earlier_losses=(np.nan, 0.97, 0.95, np.inf, 0.7)))
+    assert spoilt.memory == fell.memory
     # where it stands is seen from here, since the first steps of a run are no plateau
     assert fell.memory["trend"]["means"] == [0.67]
 
