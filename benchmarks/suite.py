@@ -7,7 +7,7 @@ at: a law was taken back when it was slower on a character LM, and the strength 
 more, on other ReLU networks, when the norm of the wide one had come out too large and then small. The
 30 tasks that came last (from completion on, breast cancer and what follows it) were written without regard
 to the law, in five rounds; most of the first four were then used to mend it, and the others of those were
-looked at, but for adding and deep-tanh-muon. Nothing was changed after the fifth.
+looked at, but for adding and deep-tanh-muon. Nothing was changed for the fifth.
 """
 
 from __future__ import annotations

@@ -188,3 +188,30 @@ def test_states_of_version_1_keep_loading():
     # a window that had started anew would not be full at the first snapshot
     first = next(record for record in optimizer.history if record["step"] == 30)
     assert len(first["spectrum"]["sigma"]) == 4
+
+
+def test_losses_from_before_the_first_decision_are_saved():
+    seen = []
+
+    def controller(observation):
+        seen.append((*observation.earlier_losses, observation.loss))
+        return 1.0
+
+    def build_one():
+        return build("adamw", interval=2, controller=controller)
+
+    def train_on(model, optimizer, steps):
+        for step in steps:
+            optimizer.log(loss=float(step))
+            train(model, optimizer, range(step, step + 1))
+
+    model, optimizer = build_one()
+    train_on(model, optimizer, range(5))
+    saved = through_a_file(optimizer.state_dict())
+    train_on(model, optimizer, range(5, 14))
+    uninterrupted, seen[:] = list(seen), []
+    twin, resumed = build_one()
+    resumed.load_state_dict(saved)
+    train_on(twin, resumed, range(5, 14))
+    assert seen == uninterrupted
+    assert len(seen[0]) > 1
