@@ -17,16 +17,17 @@ BUMPS = "random-bumps"
 
 # What is known about a bar that is missed; the log has the runs behind each.
 REASONS = {
-    ALONE: "staircase, committee: noise hides the drift; palindromes: a large factor spoils weights unseen",
+    ALONE: "staircase, committee: noise hides the drift and what a larger factor does; the first steps",
     "SGD": "noise hides the drift on two tasks, and on others the factor stays low after a spike",
     "MuonAdamW": "on addition with an MLP the steps before a window is full decide the run",
     ORACLE: "it is large from the first step on; ours has to see several updates first",
     "reduce-on-plateau": f"it starts from the {ORACLE}, which a user would have to search for",
     "averaged": f"it is the {ORACLE}, evaluated at an average",
     "schedule-free": "it is ahead where the factor comes late: SGD, Muon, character LMs",
-    "prodigy": "it finds a large learning rate within ten steps; it misses 17 of 165 runs, ours 3",
+    "prodigy": "it finds a large learning rate within ten steps; it misses 17 of 165 runs, ours 2",
     BUMPS: "they have our factors without having to find them; on these tasks it hardly matters when",
-    "no plateau": "coherent motion of the first steps, and what is overfitted sooner",
+    "no plateau": "a factor that has grown before the schedule comes down; what is overfitted sooner",
+    "norm": "growth where nothing has been gained yet comes three snapshots sooner than it did",
 }
 
 
@@ -84,6 +85,7 @@ def bars(
             f"{task}: squared norm within {NORM:.0%}",
             f"{change:+.2%}",
             abs(change) <= NORM,
+            REASONS["norm"],
         )
 
 
