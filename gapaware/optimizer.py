@@ -43,8 +43,9 @@ class GapAware(Evaluating):
     turns these into a factor on the learning rate, one snapshot later. While the factor is 1 the
     trajectory is bit for bit that of `base`. A fault in here (NaN in the window, an exception in a
     controller) takes the factor off, is noted in `history`, warned of once, and never reaches training.
-    Where a raised factor makes the loss worse, brings nothing for long or ends in NaN, the weights and the
-    state of `base` go back to a copy from before; of weights in several processes there is none.
+    Where a factor of 5 or more makes the loss worse or brings nothing for long, or any above 1 ends in NaN,
+    the weights and the state of `base` go back to a copy from before; of weights in several processes there
+    is none.
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
