@@ -33,6 +33,7 @@ MEDIAN = 0.6745
 RECENT = 12
 MEANS = 64
 FEWEST = 12
+LISTS = ("recent", "means", "earlier")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Trend:
         width: losses in a stretch.
         total: of the losses after the last whole stretch.
         count: their number.
+        earlier: losses before the first of them, at most 12: of a run that has hardly begun.
 
     Example:
         >>> trend = Trend()
@@ -59,6 +61,7 @@ class Trend:
     width: int = 1
     total: float = 0.0
     count: int = 0
+    earlier: tuple[float, ...] = ()
 
     def after(self, loss: float) -> "Trend":
         """The trend with one more loss."""
@@ -71,11 +74,13 @@ class Trend:
             total, count = means[-1] * width, width
             means = tuple((a + b) / 2 for a, b in zip(means[:-1:2], means[1::2], strict=True))
             width *= 2
-        return Trend(recent, means, width, total, count)
+        return Trend(recent, means, width, total, count, self.earlier)
 
     def recalling(self, losses: Iterable[float]) -> "Trend":
-        """The trend with losses that are among the last ones, and before what it calls the run."""
-        return replace(self, recent=(*self.recent, *losses)[-RECENT:])
+        """The trend with losses that the law was not asked about; a run's first ones are no plateau."""
+        if self.recent:
+            return replace(self, recent=(*self.recent, *losses)[-RECENT:])
+        return replace(self, earlier=tuple(losses)[-RECENT:])
 
     @property
     def unknown(self) -> bool:
@@ -124,11 +129,12 @@ class Trend:
     @property
     def fine(self) -> bool:
         """Whether the newest losses are far below those a window ago: training does well as it is."""
-        few = min(NEWEST, len(self.recent) // 2)
+        dozen = (*self.earlier, *self.recent)[-RECENT:]
+        few = min(NEWEST, len(dozen) // 2)
         if few < 2:
             return False
-        before = fmean(self.recent[:few])
-        return fmean(self.recent[-few:]) < before - FINE * abs(before)
+        before = fmean(dozen[:few])
+        return fmean(dozen[-few:]) < before - FINE * abs(before)
 
     @property
     def rises(self) -> bool:
@@ -197,14 +203,15 @@ class Trend:
     def to_memory(self) -> dict[str, Any]:
         """Numbers and lists, for `Decision.memory`."""
         # `asdict` would copy number by number, at every snapshot
-        return {**vars(self), "recent": list(self.recent), "means": list(self.means)}
+        return {**vars(self), **{name: list(getattr(self, name)) for name in LISTS}}
 
     @classmethod
     def from_memory(cls, memory: Mapping[str, Any] | None) -> "Trend":
         """What `to_memory` gave, perhaps through a checkpoint; an empty trend from None."""
         if memory is None:
             return cls()
-        return cls(**{**memory, "recent": tuple(memory["recent"]), "means": tuple(memory["means"])})
+        lists: dict[str, Any] = {name: tuple(memory.get(name, ())) for name in LISTS}
+        return cls(**{**memory, **lists})
 
 
 def _change(losses: tuple[float, ...]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gapaware import GapAware, Observation, reference
+from gapaware.controller import plain
 from gapaware.drift import drift, newest, per_learning_rate
 from gapaware.law import (
     AGAIN,
@@ -308,7 +309,15 @@ def test_losses_from_before_the_first_decision_tell_how_well_it_does():
     spoilt = drift_law(replace(early, earlier_losses=(np.nan, 0.97, 0.95, np.inf, 0.7)))
     assert spoilt.memory == fell.memory
     # where it stands is seen from here, since the first steps of a run are no plateau
-    assert fell.memory["trend"]["means"] == [0.67]
+    assert fell.memory["trend"]["means"] == fell.memory["trend"]["recent"] == [0.67]
+
+
+def test_losses_that_the_law_was_not_asked_about_later_are_among_the_last():
+    begun = Trend().recalling([0.9, 0.8]).after(0.7)
+    assert (begun.earlier, begun.recent) == ((0.9, 0.8), (0.7,))
+    missed = begun.recalling([0.6, 0.5]).after(0.4)
+    assert (missed.earlier, missed.recent) == ((0.9, 0.8), (0.7, 0.6, 0.5, 0.4))
+    assert Trend.from_memory(plain(missed.to_memory())) == missed
 
 
 def test_cooling_down_holds_whatever_is_seen():
