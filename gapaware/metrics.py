@@ -57,6 +57,13 @@ class Means:
         total, _ = self._sums.get(name, (0.0, 0))
         return (not isinstance(total, Tensor) or total.device.type == "cpu") and not isfinite(total)
 
+    def mean(self, name: str) -> float | Tensor | None:
+        """The mean so far, where its values are; None where there are none."""
+        if name not in self._sums:
+            return None
+        total, count = self._sums[name]
+        return total / count
+
     def take(self) -> dict[str, float | Transfer]:
         """The means so far, perhaps on their way to the host; counting starts anew."""
         sums, self._sums = self._sums, {}

@@ -23,7 +23,7 @@ from gapaware.distributed import Sharing, Unsupported, is_dtensor, local, refuse
 from gapaware.identity import Identity
 from gapaware.risk import Start
 from gapaware.scaling import Scales
-from gapaware.sighting import Conditions, Sighting, column
+from gapaware.sighting import Conditions, Said, Sighting, column
 from gapaware.sketch import CountSketch
 from gapaware.transfer import Transfer, send
 from gapaware.window import Window
@@ -37,6 +37,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 class NotFinite(ValueError):
     """NaN or infinity in a snapshot; ranks that share a sketch all find it at the same step."""
+
+
+class RankFault(NotFinite):
+    """A rank could not say what it saw, which is no fault of the parameters."""
 
 
 class Observer:
@@ -82,6 +86,7 @@ class Observer:
     def restart(self) -> None:
         """Forget everything that was seen, but not where training began: it outlasts a fault."""
         self._sum: Transfer | None = None
+        self._said: Said | None = None
         self._trouble = ""
         self._spoilt = False
         self._signature: list[tuple[str, int, int]] = []
@@ -114,11 +119,14 @@ class Observer:
         """Look at the last snapshot, which has arrived by now.
 
         Raises:
-            NotFinite: it has NaN or infinity, from a parameter or because a rank had a fault.
+            NotFinite: it has NaN or infinity.
+            RankFault: because a rank had a fault.
         """
         if self._sum is None or isfinite(self._sum.result()):
             return
-        raise NotFinite(f"NaN or infinity in the sketch of the parameters{self._trouble}")
+        if self._said is not None and self._said.fault:
+            raise RankFault(f"a rank could not take its snapshot{self._trouble}")
+        raise NotFinite("NaN or infinity in the sketch of the parameters")
 
     def start(self, optimizer: torch.optim.Optimizer, *, begins: bool = True) -> None:
         """Take the first snapshot of a window.
@@ -191,6 +199,10 @@ class Observer:
         step: int,
         scales: Sequence[Scales],
         anchor: Mapping[int, Tensor] | None = None,
+        *,
+        loss: float | Tensor | None = None,
+        kept: bool = False,
+        back: bool = False,
     ) -> Sighting | None:
         """Take a snapshot.
 
@@ -201,6 +213,9 @@ class Observer:
             anchor: what parameters are pulled to, see `Anchor.weights`; None where nothing can be pulled.
                 What it lacks in a row that is pulled, such as a new head, counts as pulled to where it is
                 at the window's first snapshot.
+            loss: mean of this rank's since the last snapshot, for the others that share the sketch.
+            kept: whether it has a copy of the weights, likewise.
+            back: whether it will go back to that if all of them do.
 
         Returns:
             What was seen, or None when the window (re)started here.
@@ -214,7 +229,7 @@ class Observer:
         assert self._last is not None
         if anchor is not None and self._origin is None:
             self._origin, _ = self._snapshot([_at(row, anchor) for row in rows])
-        now, shares = self._snapshot(rows)
+        now, shares = self._snapshot(rows, loss=loss, kept=kept, back=back)
         self._spoilt = False
         last = send(self._last, now.device)
         update = now - last
@@ -238,6 +253,7 @@ class Observer:
             separable=separable,
             squared_norms=Transfer(self._window.squared_norms()),
             risk=self._risk(rows, shares, optimizer.param_groups),
+            said=self._said,
         )
 
     def _risk(
@@ -275,8 +291,13 @@ class Observer:
         """Of the updates that are kept: rounding them to float32 is nothing beside a sketch's own error."""
         return torch.float64 if self.settings["sketch_dim"] is None else torch.float32
 
-    def _snapshot(self, rows: Sequence[layout.Row]) -> tuple[Tensor, Tensor]:
-        """The sketches of all rows, (rows, dim), and of their blocks, on the first parameter's device."""
+    def _snapshot(self, rows: Sequence[layout.Row], **says: Any) -> tuple[Tensor, Tensor]:
+        """The sketches of all rows, (rows, dim), and of their blocks, on the first parameter's device.
+
+        Args:
+            rows: of parameters.
+            says: to the ranks that share the sketch, see `Said.of`.
+        """
         assert self._sketch is not None
         among = sharing((p for row in rows for p in row.parameters), self.replicas)
         home = among.home(rows[0].parameters[0].device)
@@ -291,9 +312,12 @@ class Observer:
         if self._spoilt:
             sketches.fill_(float("nan"))
         if among.ranks:
-            together = among.add_up(torch.cat((sketches.view(-1), shares)))
-            sketches, shares = together.split([sketches.numel(), shares.numel()])
+            said = send(Said.of(**says, fault=self._spoilt), home)
+            parts = [sketches.view(-1), shares, said]
+            together = among.add_up(torch.cat(parts))
+            sketches, shares, said = together.split([part.numel() for part in parts])
             sketches = sketches.view(len(rows), -1)
+            self._said = Said(Transfer(said))
         # finite where all numbers are, at a fifth of the cost of looking at each
         self._sum = Transfer(sketches.sum())
         return sketches, shares

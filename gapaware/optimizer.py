@@ -24,7 +24,7 @@ from gapaware.history import History
 from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
-from gapaware.observer import NotFinite, Observer
+from gapaware.observer import NotFinite, Observer, RankFault
 from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.record import fault_record, record
@@ -32,7 +32,8 @@ from gapaware.refusals import refuse_base, refuse_capture
 from gapaware.rescue import Rescue
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
-from gapaware.steering import ControllerFault, Steering
+from gapaware.sighting import Sighting
+from gapaware.steering import ControllerFault, Outcome, Steering
 
 
 class GapAware(Evaluating):
@@ -44,8 +45,8 @@ class GapAware(Evaluating):
     trajectory is bit for bit that of `base`. A fault in here (NaN in the window, an exception in a
     controller) takes the factor off, is noted in `history`, warned of once, and never reaches training.
     Where a factor of 5 or more makes the loss worse or brings nothing for long, or any above 1 ends in NaN,
-    the weights and the state of `base` go back to a copy from before; of weights in several processes there
-    is none.
+    the weights and the state of `base` go back to a copy from before. Several processes do so together, by
+    the mean of their losses: shards (FSDP2), and replicas that have a `process_group`.
 
     Args:
         base: any `torch.optim.Optimizer`, or a `Composite` of several.
@@ -95,10 +96,11 @@ class GapAware(Evaluating):
         history_size: number of records that `history` keeps in memory.
         seed: of the sketch.
         process_group: the ranks that train replicas of the model together, as with
-            DistributedDataParallel: `torch.distributed.group.WORLD`. They decide on the same sketch, one
-            all-reduce a snapshot, so that a fault on one rank is a fault on all. Without it equal replicas
-            decide alike, but a rank that runs out of memory in here takes its factors off alone. Sharded
-            models (FSDP2) need no group.
+            DistributedDataParallel: `torch.distributed.group.WORLD`. They decide on the same sketch and on
+            the mean of their losses, one all-reduce a snapshot, so that a fault on one rank is one of all.
+            Without it equal replicas decide alike, but by the updates alone and without a way back, and a
+            rank that runs out of memory in here takes its factors off alone. Sharded models (FSDP2) need no
+            group.
 
     Attributes:
         base: the wrapped optimizer. `param_groups`, `state` and `defaults` are its own.
@@ -199,7 +201,7 @@ class GapAware(Evaluating):
         )
         self._push, self._average = Push(), Average(average)
         self._rescue, self._written = Rescue(way_back), Written()
-        self._pending = None
+        self._pending = self._returning = None
         self._entrusted = None
         self._metrics = Means()
         self._risk_limit = risk_limit
@@ -310,7 +312,8 @@ class GapAware(Evaluating):
         scales = [self._steering.scales(name) for name in self._observer.names]
         with self._guarded("a snapshot"):
             due = self._steps >= self._next_snapshot
-            if self._rescue.holds and self._metrics.overflows("loss"):
+            # of several processes one alone may see that; the weights will tell all of them
+            if self._rescue.holds and alone() and self._metrics.overflows("loss"):
                 raise NotFinite("NaN or infinity in the loss")
             if due:
                 self._observer.check()
@@ -336,7 +339,16 @@ class GapAware(Evaluating):
             return
         groups = self.base.param_groups
         anchor = None if self._anchor is None else self._anchor.weights(groups)
-        sighting = self._observer.look(self.base, self._steps, scales, anchor)
+        kept = self._rescue.holds
+        sighting = self._observer.look(
+            self.base,
+            self._steps,
+            scales,
+            anchor,
+            loss=self._metrics.mean("loss"),
+            kept=kept,
+            back=kept and self._returning is not None,
+        )
         if sighting is not None:
             self._pending = (sighting, self._metrics.take())
 
@@ -349,24 +361,19 @@ class GapAware(Evaluating):
         if self._pending is None:
             return
         (sighting, waiting), self._pending = self._pending, None
-        metrics = arrived(waiting)
-        groups = [self.base.param_groups[number] for number in self._observer.row_groups]
-        # where the host would have to wait for today's, the last one that has arrived
-        last = sighting.conditions[-1].lrs
-        lrs = [last[row] if is_remote(g["lr"]) else float(g["lr"]) for row, g in enumerate(groups)]
-        interval = self._interval
-        outcome = self._steering.decide(
-            sighting,
-            lrs=lrs,
-            first_lrs=[first_lr(group) if self._midway else 0.0 for group in groups],
-            interval=interval,
-            momentum_memory=memory_steps(self.base.param_groups),
-            # of several processes each sees a loss of its own, and all have to decide alike
-            loss=metrics.get("loss") if alone() else None,
-            kept=self._rescue.holds,
-        )
-        if self._interval_is_auto and outcome.interval is not None:
-            self._interval = outcome.interval
+        metrics, interval = arrived(waiting), self._interval
+        shared, said = self._is_shared(), sighting.said
+        if said is not None and said.loss is not None:
+            metrics["loss"] = said.loss
+        agreed, self._returning = self._returning, None
+        if agreed is not None and said is not None and said.back:
+            outcome, goes = agreed, self._rescue.holds
+        else:
+            outcome = self._ask(sighting, metrics, shared=shared)
+            goes = outcome.back and not shared
+            if outcome.back and shared:
+                # not before the others have said that they can, or replicas would part
+                self._returning = outcome
         clock = {
             "seconds": time.time() - self._started,
             "gapaware_seconds": self.seconds,
@@ -374,12 +381,12 @@ class GapAware(Evaluating):
         }
         after = [self._steering.scales(name) for name in sighting.names]
         back_to = None
-        if outcome.back:
+        if goes:
             back_to = self._rescue.put_back(self.base)
             self._notice()
             self._observer.restart()
             outcome = replace(outcome, why=f"{outcome.why} to the weights of step {back_to}")
-        if outcome.keep:
+        if outcome.keep and self._returning is None and (shared or alone()):
             self._rescue.keep(self.base, self._steps)
             self._note()
         raised = [factor for seen in sighting.conditions for factor in seen.scales]
@@ -387,6 +394,32 @@ class GapAware(Evaluating):
             # not before a window without one: what a factor began may overflow after it was taken off
             self._rescue.forget()
         self.history.append(record(sighting, outcome, after, metrics, clock, back_to))
+
+    def _ask(self, sighting: Sighting, metrics: dict[str, float], *, shared: bool) -> Outcome:
+        """What the controller decides, from what all ranks know that share the sketch."""
+        groups = [self.base.param_groups[number] for number in self._observer.row_groups]
+        # where the host would have to wait for today's, the last one that has arrived
+        last = sighting.conditions[-1].lrs
+        lrs = [last[row] if is_remote(g["lr"]) else float(g["lr"]) for row, g in enumerate(groups)]
+        said = sighting.said
+        outcome = self._steering.decide(
+            sighting,
+            lrs=lrs,
+            first_lrs=[first_lr(group) if self._midway else 0.0 for group in groups],
+            interval=self._interval,
+            momentum_memory=memory_steps(self.base.param_groups),
+            loss=metrics.get("loss") if said is not None or alone() else None,
+            kept=self._rescue.holds if not shared else said is not None and said.kept,
+        )
+        if self._interval_is_auto and outcome.interval is not None:
+            self._interval = outcome.interval
+        return outcome
+
+    def _all_keep(self) -> bool:
+        """Whether there is a copy of the weights, on every rank that shares them; waits for the answers."""
+        devices = (p.device for group in self.base.param_groups for p in group["params"])
+        device = next(devices, torch.device("cpu"))
+        return self._ranks().everywhere(self._rescue.holds, device)
 
     def _warn_of_risk(self, limit: float) -> None:
         if "risk" in self._warned or not self.history or not is_first():
@@ -465,7 +498,8 @@ class GapAware(Evaluating):
         decided = isinstance(error, ControllerFault)
         # a controller that fails twice in a row may do so for what it remembers
         again = decided and len(self.history) > 0 and self.history[-1]["decision"] == "fault"
-        lost = isinstance(error, NotFinite) and self._rescue.holds
+        lost = isinstance(error, NotFinite) and not isinstance(error, RankFault)
+        lost = lost and self._all_keep()
         why = f"{doing}: {type(error).__name__}: {error}"
         self._steering.release(keep_memory=not again and not self._is_shared(), lost=lost)
         back_to = self._rescue.put_back(self.base) if lost else None
@@ -473,7 +507,7 @@ class GapAware(Evaluating):
             why += f"; weights and state are those of step {back_to} again"
         if not decided:
             self._observer.restart()
-        self._pending = None
+        self._pending = self._returning = None
         self._metrics = Means()
         if self._interval_is_auto:
             self._interval = self._first_interval

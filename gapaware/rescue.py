@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gapaware.delegation import leaves
-from gapaware.distributed import alone
 from gapaware.places import Place, places
 from gapaware.room import check_room
 
@@ -48,7 +47,7 @@ class Rescue:
 
     @torch.no_grad()
     def keep(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Copy weights and state, where no other process has to do alike.
+        """Copy weights and state; of those that are sharded what this rank has.
 
         Where there is no memory for that there is no copy, and the factor rises without one.
 
@@ -57,7 +56,7 @@ class Rescue:
             step: optimizer steps made so far.
         """
         self.forget()
-        if not (self._allowed and alone()):
+        if not self._allowed:
             return
         try:
             check_room(_tensors(optimizer))

@@ -44,6 +44,57 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What ranks that share a sketch said beside it, added up over them, perhaps on its way to the host.
+
+    Attributes:
+        sums: (5,), of their mean losses since the snapshot before, and the number of ranks that have logged
+            one, that hold no copy of the weights, that will not go back to it, and that had a fault.
+
+    Example:
+        >>> first, second = Said.of(1.0, kept=True), Said.of(None, kept=True, back=True)
+        >>> both = Said(Transfer(first + second))
+        >>> both.loss, both.kept, both.back, both.fault
+        (1.0, True, False, False)
+    """
+
+    sums: Transfer
+
+    @staticmethod
+    def of(
+        loss: float | Tensor | None = None,
+        *,
+        kept: bool = False,
+        back: bool = False,
+        fault: bool = False,
+    ) -> Tensor:
+        """What one rank says, float64, where its loss is."""
+        loss = loss.double() if isinstance(loss, Tensor) else loss
+        return column([0.0 if loss is None else loss, loss is not None, not kept, not back, fault])
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the ranks that have logged one."""
+        total, ranks = self.sums.result()[:2].tolist()
+        return total / ranks if ranks else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether every rank has a copy of the weights."""
+        return not self.sums.result()[2].item()
+
+    @property
+    def back(self) -> bool:
+        """Whether every rank is about to go back to it."""
+        return not self.sums.result()[3].item()
+
+    @property
+    def fault(self) -> bool:
+        """Whether a rank had a fault, so that the sketch is none."""
+        return bool(self.sums.result()[4].item())
+
+
+@dataclass(frozen=True)
 class Sighting:
     """A snapshot, with its Gram matrices still on their way to the host.
 
@@ -56,6 +107,7 @@ class Sighting:
         separable: for each row, whether its weight decay is known.
         squared_norms: ‖θ‖² of each row when it was taken, (rows,); None where a state did not have them.
         risk: of forgetting, a number as in `Start.risk`; None where the start is not known.
+        said: by the ranks that share the sketch; None where there are none.
     """
 
     step: int
@@ -66,6 +118,7 @@ class Sighting:
     separable: tuple[bool, ...]
     squared_norms: Transfer | None = None
     risk: Transfer | None = None
+    said: Said | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The sighting as tensors, numbers and lists; waits for the Gram matrices."""
@@ -79,6 +132,7 @@ class Sighting:
             "separable": list(self.separable),
             "squared_norms": None if norms is None else norms.result().tolist(),
             "risk": None if self.risk is None else float(self.risk.result()),
+            "loss": None if self.said is None else self.said.loss,
         }
 
     @classmethod
@@ -90,8 +144,8 @@ class Sighting:
             and state["gram"].shape == (2, 2, rows, updates, updates)
         ):
             raise ValueError("the parts of a sighting do not fit together")
-        # until 0.1.0 there was neither
-        risk, norms = state.get("risk"), state.get("squared_norms")
+        # until 0.1.0 there was none of them
+        risk, norms, loss = state.get("risk"), state.get("squared_norms"), state.get("loss")
         if norms is not None and len(norms) != rows:
             raise ValueError("the parts of a sighting do not fit together")
         return cls(
@@ -103,6 +157,8 @@ class Sighting:
             separable=tuple(map(bool, state["separable"])),
             squared_norms=None if norms is None else Transfer(column(list(map(float, norms)))),
             risk=None if risk is None else Transfer(column([float(risk)])[0]),
+            # copies of weights are not saved
+            said=None if loss is None else Said(Transfer(Said.of(float(loss)))),
         )
 
 

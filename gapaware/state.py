@@ -17,7 +17,7 @@ from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.rescue import Rescue
 from gapaware.sighting import Sighting
-from gapaware.steering import Steering
+from gapaware.steering import Outcome, Steering
 from gapaware.transfer import Transfer
 from gapaware.wrapper import Wrapper
 
@@ -52,6 +52,8 @@ class Resumable(Wrapper):
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
+    # a return that waits for the other ranks
+    _returning: Outcome | None
     # a state that was restored alone and outlasts a load without one
     _entrusted: dict[str, Any] | None
 
@@ -132,7 +134,7 @@ class Resumable(Wrapper):
             self._anchor.restart()
         self._push, self._average, self._written = Push(), self._average.fresh(), Written()
         self._rescue = self._rescue.fresh()
-        self._pending, self._metrics = None, Means()
+        self._pending, self._metrics, self._returning = None, Means(), None
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
         self.history = self.history.fresh()
@@ -186,6 +188,7 @@ class Resumable(Wrapper):
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,
+                "_returning": None,
                 "_steps": counts["steps"],
                 "_fresh": counts["steps"] == 0 or not same_settings,
                 # states of gapaware 0.1.0 do not say

@@ -5,7 +5,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from gapaware import Decision, GapAware, Observation, push
+from gapaware import Decision, GapAware, Observation, push, rescue
 from gapaware.checkpoint import OwnState
 from gapaware.distributed import Unsupported, sharing
 from gapaware.layout import Row, real_size
@@ -75,7 +75,12 @@ def law(observation: Observation) -> Decision:
     return Decision(scale, interval=2 + calls % 2, memory={"calls": calls})
 
 
-def train(model: nn.Module, optimizer: GapAware, steps: range = range(STEPS)) -> list[int]:
+def train(
+    model: nn.Module,
+    optimizer: GapAware,
+    steps: Iterable[int] = range(STEPS),
+    after: Callable[[float], None] = lambda loss: None,
+) -> list[int]:
     """The same batch on every rank; returns the bytes of each collective that a `step` started."""
     sent: list[int] = []
     for step in steps:
@@ -86,6 +91,7 @@ def train(model: nn.Module, optimizer: GapAware, steps: range = range(STEPS)) ->
         loss.backward()
         with collectives(sent):
             optimizer.step()
+        after(loss.item())
     return sent
 
 
@@ -342,6 +348,149 @@ def losses(folder: Path) -> Any:
     return {"scales": optimizer.scales, "losses": optimizer.history.column("loss")}
 
 
+SHARDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "shards": fsdp,
+    "replicas": DistributedDataParallel,
+}
+
+
+def believer(observation: Observation) -> float:
+    """A controller that goes by the loss."""
+    return 1.0 if observation.loss is None else 2.0 + observation.loss
+
+
+def together(kind: str) -> dict[str, Any]:
+    """What a wrapper needs to know of models that are trained by several ranks."""
+    return {"process_group": dist.group.WORLD} if kind == "replicas" else {}
+
+
+def shared_losses(folder: Path) -> Any:
+    """Ranks that share a sketch share their losses with it; at the end one of them logs none."""
+    found = {}
+    for kind, shard in SHARDS.items():
+        model = shard(network(40))
+        optimizer = wrapped(model, controller=believer, **together(kind))
+        scales = []
+        for step in range(24):
+            if step < 12 or dist.get_rank() == 1:
+                optimizer.log(loss=float(dist.get_rank()))
+            train(model, optimizer, range(step, step + 1))
+            scales.append(optimizer.scales[0])
+        found[kind] = {"scales": scales, "losses": optimizer.history.column("loss")}
+    return found
+
+
+def escaping(kind: str, shard: Callable[[nn.Module], nn.Module]) -> Any:
+    """The built-in law at a learning rate that is far too small, by losses that differ between ranks."""
+    rank, ranks = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    model = shard(network(40))
+    base = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = GapAware(base, interval=5, **together(kind))
+    part = 2 * (rank + 1) / (ranks + 1)  # of the loss, 1 in the mean of the ranks
+    one_batch = [0] * 120
+    train(model, optimizer, one_batch, lambda loss: optimizer.log(loss=part * loss))
+    return seen(optimizer)
+
+
+def escaped(folder: Path) -> Any:
+    return {kind: escaping(kind, shard) for kind, shard in SHARDS.items()}
+
+
+def returning(observation: Observation) -> Decision:
+    """Keeps the weights at its second decision, and goes back at its sixth if it can."""
+    calls = observation.memory.get("calls", 0) + 1
+    memory = {"calls": calls, "kept": [*observation.memory.get("kept", []), observation.kept]}
+    return Decision(4.0, keep=calls == 2, back=calls == 6, memory=memory)
+
+
+def go_back(
+    shard: Callable[[nn.Module], nn.Module],
+    kind: str,
+    harm: Callable[[nn.Module, GapAware], None] = lambda *_: None,
+    at: int = 13,
+    controller: Callable[[Observation], Decision] = returning,
+) -> Any:
+    """Train with a controller that goes back at step 22; something happens after step `at`."""
+    model = shard(network(40))
+    optimizer = wrapped(model, controller=controller, granularity="global", **together(kind))
+    trail: list[torch.Tensor] = []
+
+    def after(loss: float) -> None:
+        trail.append(torch.cat([p.flatten() for p in weights(model)]))
+        if len(trail) == at:
+            harm(model, optimizer)
+
+    warned = quietly(lambda: train(model, optimizer, range(30), after))
+    backs = [(r["step"], r["back_to"]) for r in optimizer.history if "back_to" in r]
+    kept = optimizer.state_dict()["gapaware"]["steering"]["memory"].get("all", {})
+    return {
+        **seen(optimizer),
+        "warned": warned,
+        "backs": backs,
+        "kept": kept.get("kept"),
+        "trail": trail,
+    }
+
+
+def way_back(folder: Path) -> Any:
+    return {kind: go_back(shard, kind) for kind, shard in SHARDS.items()}
+
+
+def no_way_back(folder: Path) -> Any:
+    """One rank has no memory for a copy: none goes back."""
+
+    def no_room(tensors: Any) -> None:
+        raise MemoryError("no memory on this rank")
+
+    check = rescue.check_room
+    if dist.get_rank() == 1:
+        rescue.check_room = no_room
+    found = {kind: go_back(shard, kind) for kind, shard in SHARDS.items()}
+    rescue.check_room = check
+    return found
+
+
+def copy_let_go(folder: Path) -> Any:
+    """One rank lets go of its copy after all have said that they have one."""
+
+    def forget(model: nn.Module, optimizer: GapAware) -> None:
+        if dist.get_rank() == 1:
+            optimizer._rescue.forget()
+
+    return {kind: go_back(shard, kind, forget, at=17) for kind, shard in SHARDS.items()}
+
+
+def fault_in_a_return(folder: Path) -> Any:
+    """One rank decides to go back where the controller of the other raises."""
+
+    def fragile(observation: Observation) -> Decision:
+        decision = returning(observation)
+        if decision.back and dist.get_rank() == 1:
+            raise ConnectionError("no answer")
+        return decision
+
+    return {kind: go_back(shard, kind, controller=fragile) for kind, shard in SHARDS.items()}
+
+
+def lost(folder: Path) -> Any:
+    """NaN in the weights, unseen by autograd: every rank goes back."""
+
+    def spoil(model: nn.Module, optimizer: GapAware) -> None:
+        if dist.get_rank() == 1 or isinstance(model, DistributedDataParallel):
+            next(iter(model.parameters())).data.fill_(float("nan"))
+
+    return {kind: go_back(shard, kind, spoil) for kind, shard in SHARDS.items()}
+
+
+def fault_with_a_copy(folder: Path) -> Any:
+    """A rank without memory for a sketch is no reason to go back."""
+
+    def fault(model: nn.Module, optimizer: GapAware) -> None:
+        break_next_sketch(optimizer, rank=1)
+
+    return {kind: go_back(shard, kind, fault) for kind, shard in SHARDS.items()}
+
+
 def one_log(folder: Path) -> list[str]:
     model = fsdp(network())
     optimizer = wrapped(model, log_to=folder / "log" / "run.jsonl")
@@ -561,7 +710,8 @@ SCENARIOS = {
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
         sketch_fault, accounting_fault, replica_fault, push_fault, start_fault, warm_up,
         trainers_optimizer, not_a_number, losses, one_log, save, retained, retained_and_saved,
-        pushed, averaged,
+        pushed, averaged, shared_losses, escaped, way_back, no_way_back, copy_let_go, lost,
+        fault_with_a_copy, fault_in_a_return,
     ],
     4: [
         fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,

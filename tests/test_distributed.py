@@ -25,7 +25,8 @@ from gapaware.distributed import Unsupported, _stretches, held_indices, is_first
 pytestmark = pytest.mark.xdist_group("distributed")  # the worlds are started once
 
 BLOCK_BYTES = 6 * WIDTH * 8  # of each tensor, float64
-GROUP_BYTES = 2 * worker.DIM * 8 + BLOCK_BYTES  # two parameter groups
+SAID_BYTES = 5 * 8  # the loss, and four times yes or no
+GROUP_BYTES = 2 * worker.DIM * 8 + BLOCK_BYTES + SAID_BYTES  # two parameter groups
 SNAPSHOTS = 1 + worker.STEPS // worker.INTERVAL
 
 
@@ -141,7 +142,7 @@ def test_blocks_and_an_interval_that_the_controller_chooses(two):
     assert_same_decisions(results)
     assert len({name for name, _, _ in results[0]["signature"]}) == 6
     # more than four rows share the room of four
-    assert set(results[0]["sent"]) == {6 * (4 * worker.DIM // 6) * 8 + BLOCK_BYTES}
+    assert set(results[0]["sent"]) == {6 * (4 * worker.DIM // 6) * 8 + BLOCK_BYTES + SAID_BYTES}
 
 
 def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
@@ -168,7 +169,7 @@ def test_a_fault_on_one_rank_is_one_of_all(two, scenario, rank, cause):
     results = of(two, scenario)
     for result in results:
         assert len(result["warned"]) == 1
-        assert "NotFinite" in result["warned"][0]
+        assert ("NotFinite" if rank is None else "RankFault") in result["warned"][0]
     if rank is not None:
         assert cause in results[rank]["faults"][0]
         assert cause not in results[1 - rank]["faults"][0]
@@ -205,7 +206,7 @@ def test_a_rank_without_memory_for_the_start_meets_the_others(two):
     assert healthy["steps"] == faulty["steps"] == worker.STEPS
     assert "no memory on this rank" in faulty["warned"][0]
     # a fault of one is one of all
-    assert "NotFinite" in healthy["warned"][0]
+    assert "RankFault" in healthy["warned"][0]
 
 
 def test_a_rank_without_gradients_takes_a_warm_up_from_zero_as_the_others_do(two):
@@ -224,6 +225,69 @@ def test_losses_that_only_one_rank_sees_do_not_steer(two):
     results = of(two, "losses")
     assert [result["scales"] for result in results] == [[1.0, 1.0]] * 2
     assert [set(result["losses"]) for result in results] == [{0.0}, {1.0}]
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+def test_ranks_that_share_a_sketch_go_by_the_mean_of_their_losses(two, kind):
+    for result in of(two, "shared_losses"):
+        assert list(dict.fromkeys(result[kind]["scales"])) == [1.0, 2.5, 3.0]
+        # in the second half only the second rank logs
+        assert list(dict.fromkeys(result[kind]["losses"])) == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+def test_several_processes_leave_a_plateau_as_one_does(two, kind):
+    results = [result[kind] for result in of(two, "escaped")]
+    assert_same_decisions(results)
+    alone = worker.escaping("alone", lambda model: model)
+    assert_close(results[0], alone, tolerance=1e-3)
+    # sixfold only where the loss is known to be near its start
+    assert results[0]["scales"][3:5] == [6.0, 36.0]
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+def test_all_ranks_go_back_to_their_copies(two, kind):
+    for result in (each[kind] for each in of(two, "way_back")):
+        assert not result["faults"]
+        ((step, back_to),) = result["backs"]
+        assert back_to < step
+        trail = result["trail"]
+        # seen at one snapshot, decided at the next, and done when all have said that they can
+        assert step + worker.INTERVAL == 22
+        assert torch.equal(trail[22 - 1], trail[back_to - 1])
+        assert not torch.equal(trail[22 - 2], trail[back_to - 1])
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+@pytest.mark.parametrize("scenario", ["no_way_back", "copy_let_go"])
+def test_no_rank_goes_back_where_one_cannot(two, kind, scenario):
+    results = [result[kind] for result in of(two, scenario)]
+    assert_same_decisions(results)
+    for result in results:
+        assert not result["backs"]
+        assert not result["faults"]
+        assert any(result["kept"]) == (scenario == "copy_let_go")
+    assert all(map(torch.equal, results[0]["trail"], results[1]["trail"]))
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+def test_ranks_whose_weights_are_lost_all_go_back(two, kind):
+    for result in (each[kind] for each in of(two, "lost")):
+        ((step, back_to),) = result["backs"]
+        assert "weights and state are those of step" in result["warned"][0]
+        trail = result["trail"]
+        assert torch.isnan(trail[step - 2]).any()
+        assert torch.equal(trail[step - 1], trail[back_to - 1])
+        assert torch.isfinite(trail[-1]).all()
+
+
+@pytest.mark.parametrize("kind", worker.SHARDS)
+@pytest.mark.parametrize("scenario", ["fault_with_a_copy", "fault_in_a_return"])
+def test_a_fault_on_one_rank_is_none_to_go_back_for(two, kind, scenario):
+    for result in (each[kind] for each in of(two, scenario)):
+        assert len(result["faults"]) == 1
+        assert "RankFault" in result["faults"][0]
+        assert not result["backs"]
 
 
 def test_one_rank_writes_the_log(two):
@@ -255,7 +319,9 @@ def test_groups_smaller_than_the_world(four):
     assert_same_decisions(sliced)
     assert_close(sliced[0], single())
     assert_same_decisions(flattened)
-    assert all(set(result["sent"]) == {worker.DIM * 8 + BLOCK_BYTES} for result in flattened)
+    assert all(
+        set(result["sent"]) == {worker.DIM * 8 + BLOCK_BYTES + SAID_BYTES} for result in flattened
+    )
 
 
 def test_every_placement_is_counted_once(four):
