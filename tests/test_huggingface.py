@@ -6,7 +6,11 @@ import builtins
 import importlib
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -467,6 +471,29 @@ def test_checkpoint_loads_with_weights_only(tmp_path):
 
 
 # -- imports -------------------------------------------------------------------------------------
+
+
+def test_two_processes_leave_a_plateau_by_the_mean_of_their_losses(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(port), str(Path(__file__).with_name("trainer_worker.py"))]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert torch.equal(first.pop("weights"), second.pop("weights"))
+    # each has batches of its own, and knows the mean loss of both
+    assert len(first["loss"]) > 5
+    assert first == second
+    assert max(first["scale"]) > 6
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
