@@ -278,6 +278,20 @@ def test_a_run_that_diverges_ends_and_counts_as_its_budget():
     assert steps({**result.to_json(), "budget": 500}) == 500
 
 
+@pytest.mark.parametrize(("overflows", "steps_done"), [((20,), 50), ((20, 30), 30)])
+def test_one_evaluation_that_overflows_does_not_end_a_run(overflows, steps_done):
+    """GapAware goes back once it has seen that; what stays there has diverged."""
+
+    def setup(seed):
+        training = parity.SGD.setup(seed)
+        losses = (math.inf if 10 * check in overflows else 1.0 for check in range(1, 6))
+        return replace(training, evaluate=lambda _: (next(losses), None))
+
+    task = replace(parity.SGD, setup=setup, check_every=10)
+    result = task.run(BASE.make(task.base, None, Occasion()), seed=0, budget=50)
+    assert result.steps == steps_done
+
+
 # -- rivals --------------------------------------------------------------------------------------
 
 

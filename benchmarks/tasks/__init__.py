@@ -43,7 +43,7 @@ class Result:
     """What one run of one task came to.
 
     `steps_to_target` is None when the target was not reached within the budget (censored); `steps` is
-    smaller than the budget then only if the run diverged, which ends it.
+    smaller than the budget then only if the run diverged: two evaluations in a row that are not finite.
     `curve` holds (step, held-out loss, held-out accuracy or None) at a few evenly spaced steps.
     `extras` holds what only one task measures, e.g. the norm of an interpolator.
     """
@@ -158,7 +158,8 @@ class Task:
                 if self.reached(*curve[-1][1:]):
                     reached = step
                     break
-                if not math.isfinite(curve[-1][1]):
+                # once may be less than what a method that goes back needs
+                if len(curve) > 1 and not any(math.isfinite(loss) for _, loss, _ in curve[-2:]):
                     break
         return Result(
             task=self.name,
