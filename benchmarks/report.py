@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -141,7 +142,7 @@ def _plateaus(results: Results, tasks: Sequence[str], seeds: int, of: Sequence[T
 def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
     lines = _head(
         "against", "tasks", "their steps / GapAware's", "as the base at worst",
-        "their CPU time / GapAware's", "fewer steps on",
+        "their CPU time / GapAware's, where on one machine", "fewer steps on",
         "p",         "runs that missed: theirs, GapAware's",
     )  # fmt: skip
     alone = {comparison.task: comparison for comparison in found.get(ALONE, [])}
@@ -159,7 +160,7 @@ def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
                     group,
                     _times(summary.ratio, summary.missed),
                     f"{at_worst.ratio:.2f}" if at_worst else "-",
-                    f"{summary.seconds_ratio:.2f}",
+                    "-" if math.isnan(summary.seconds_ratio) else f"{summary.seconds_ratio:.2f}",
                     f"{summary.faster} of {summary.tasks}",
                     f"{summary.p:.1g}",
                     f"{summary.missed[0]}, {summary.missed[1]} of {summary.runs}",

@@ -18,6 +18,7 @@ from benchmarks.methods import BASE, GAPAWARE, NO_LOSS, Method, Occasion, Point
 from benchmarks.rivals import RIVALS
 from benchmarks.suite import TASKS
 from benchmarks.tasks import thin
+from benchmarks.timing import processor
 from gapaware import GapAware
 
 Row = dict[str, Any]  # one finished run
@@ -78,7 +79,7 @@ class Run:
         row = {"method": self.method, "lr_factor": self.lr_factor, **result.to_json()}
         if self.point is not None:
             row["point"] = self.point
-        row["budget"] = self.steps_allowed
+        row |= {"budget": self.steps_allowed, "device": processor()}
         row["curve"] = [
             [_rounded(value) for value in point] for point in thin(result.curve, KEPT_POINTS)
         ]

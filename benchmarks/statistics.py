@@ -25,6 +25,12 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
 
 
+def _mean_if_any(values: Iterable[float]) -> float:
+    """Geometric mean of those that are numbers; NaN where none is."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return geometric_mean(numbers) if numbers else math.nan
+
+
 def missed(row: Row) -> bool:
     """Whether the run did not reach its target."""
     return row["steps_to_target"] is None
@@ -54,9 +60,14 @@ class Comparison:
 
     @property
     def seconds_ratio(self) -> float:
-        """How many times more processor time the rival took to the target, or to its budget."""
-        return geometric_mean(
-            rival["cpu_seconds"] / ours["cpu_seconds"] for rival, ours in self.pairs
+        """How many times more processor time the rival took to the target, or to its budget.
+
+        Of pairs that ran on one kind of machine; NaN where none did.
+        """
+        return _mean_if_any(
+            rival["cpu_seconds"] / ours["cpu_seconds"]
+            for rival, ours in self.pairs
+            if rival.get("device") == ours.get("device")
         )
 
     @property
@@ -114,7 +125,7 @@ class Summary:
 
     Attributes:
         ratio: geometric mean of the tasks' ratios.
-        seconds_ratio: the same of the processor time.
+        seconds_ratio: the same of the processor time, over the tasks of which it is known.
         p: one-sided Wilcoxon signed-rank test over the tasks' log ratios.
         faster: tasks on which GapAware took fewer steps.
         tasks: how many there are.
@@ -139,7 +150,7 @@ def summarize(comparisons: Sequence[Comparison]) -> Summary | None:
     p = float(wilcoxon(logs, alternative="greater").pvalue) if any(logs) else 1.0
     return Summary(
         ratio=math.exp(fmean(logs)),
-        seconds_ratio=geometric_mean(comparison.seconds_ratio for comparison in comparisons),
+        seconds_ratio=_mean_if_any(comparison.seconds_ratio for comparison in comparisons),
         p=p,
         faster=sum(log > 0 for log in logs),
         tasks=len(logs),

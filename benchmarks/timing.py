@@ -127,6 +127,11 @@ def device_name(device: torch.device) -> str:
     return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}{numba}"
 
 
+def processor() -> str:
+    """The CPU and the instructions that torch uses of it, on which speed and rounding depend."""
+    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _cpu_name() -> str:
     description = Path("/proc/cpuinfo")
     if description.exists():

@@ -443,6 +443,17 @@ def row(task="parity", method="base", seed=0, reached=100, budget=1000, factor=1
     } | more
 
 
+def test_processor_time_is_compared_on_one_kind_of_machine():
+    here, there = {"device": "a"}, {"device": "b"}
+    ours = [row(seed=seed, cpu_seconds=2.0, **here) for seed in (0, 1)]
+    both = [row(seed=0, cpu_seconds=4.0, **here), row(seed=1, cpu_seconds=99.0, **there)]
+    known = compare("parity", both, ours)
+    unknown = compare("scan", [row("scan", cpu_seconds=99.0, **there)], ours)
+    assert known.seconds_ratio == summarize([known, unknown]).seconds_ratio == 2.0
+    assert math.isnan(unknown.seconds_ratio)
+    assert math.isnan(summarize([unknown]).seconds_ratio)
+
+
 def test_comparison_pairs_by_seed_and_censors():
     base = [row(seed=0, reached=400), row(seed=1, reached=None), row(seed=2, reached=100)]
     ours = [row(seed=1, reached=10), row(seed=0, reached=100)]

@@ -102,7 +102,7 @@ def test_learning_rates_and_norms(tmp_path):
     )
     assert str(found["relu-orthogonal: squared norm within 2%"]) == (
         "FAILS  relu-orthogonal: squared norm within 2%: +4.00% "
-        "(growth where nothing has been gained yet comes three snapshots sooner than it did)"
+        "(larger steps on the way down from the plateau end further away)"
     )
 
 
