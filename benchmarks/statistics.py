@@ -62,12 +62,12 @@ class Comparison:
     def seconds_ratio(self) -> float:
         """How many times more processor time the rival took to the target, or to its budget.
 
-        Of pairs that ran on one kind of machine; NaN where none did.
+        Of pairs that are known to have run on one kind of machine; NaN where none is.
         """
         return _mean_if_any(
             rival["cpu_seconds"] / ours["cpu_seconds"]
             for rival, ours in self.pairs
-            if rival.get("device") == ours.get("device")
+            if "device" in ours and rival.get("device") == ours["device"]
         )
 
     @property
