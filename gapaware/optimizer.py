@@ -298,7 +298,8 @@ class GapAware(Evaluating):
             with self._guarded("the pull towards the start"):
                 self._anchor.pull(self.base.param_groups, by_group, by_parameter)
         with self._guarded("the push along the recent steps"):
-            self._push(self.base.param_groups, by_group, by_parameter, self._ranks)
+            groups = self.base.param_groups
+            self._push(groups, by_group, by_parameter, shared=self._is_shared)
         with self._guarded("the average of the weights"):
             self._average.follow(self.base.param_groups, by_group, by_parameter)
         with self._guarded("weights that others write"):
@@ -317,6 +318,7 @@ class GapAware(Evaluating):
                 raise NotFinite("NaN or infinity in the loss")
             if due:
                 self._observer.check()
+                self._push.seen()
             if is_number(loss):
                 self.log(loss=loss)
             groups = self.base.param_groups
@@ -501,7 +503,7 @@ class GapAware(Evaluating):
         lost = isinstance(error, NotFinite) and not isinstance(error, RankFault)
         lost = lost and self._all_keep()
         why = f"{doing}: {type(error).__name__}: {error}"
-        self._steering.release(keep_memory=not again and not self._is_shared(), lost=lost)
+        self._steering.release(keep_memory=not again, lost=lost, shared=self._is_shared())
         back_to = self._rescue.put_back(self.base) if lost else None
         if lost:
             why += f"; weights and state are those of step {back_to} again"

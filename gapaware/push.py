@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapaware.distributed import Sharing, local
+from gapaware.distributed import local
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
 from gapaware.places import Groups, Place, from_state, scaled_places, to_state
 from gapaware.room import check_room
 from gapaware.scaling import Scales
 
 LEAST_MEMORY = 3  # steps; a shorter average is the step itself
+# until a rank has met the others once more, and they have looked at what it said then
+SNAPSHOTS = 2
 
 
 class Push:
@@ -24,6 +26,12 @@ class Push:
 
     It is kept as weights s that lag behind, θ − s = β/(1 − β)·m, one copy of the parameters, and only while
     there is a push. β is such that m remembers for as long as the wrapped optimizer's momentum does.
+
+    Replicas must not part, and one of them may have no memory for the copy, or a controller that raised. So
+    several ranks move nothing by it until their snapshots have shown that none of them had a fault.
+
+    Attributes:
+        waits: for so many more of those snapshots.
 
     Example:
         >>> weights = torch.nn.Parameter(torch.zeros(1))
@@ -39,6 +47,7 @@ class Push:
 
     def __init__(self) -> None:
         self._behind: dict[Place, Tensor] = {}
+        self.waits = 0
 
     @property
     def holds(self) -> bool:
@@ -59,7 +68,8 @@ class Push:
         groups: Groups,
         by_group: Sequence[Scales],
         by_parameter: Mapping[int, Scales] | None = None,
-        ranks: Callable[[], Sharing] = Sharing,
+        *,
+        shared: Callable[[], bool] | None = None,
     ) -> None:
         """Move each parameter by λ·m. At the first push m is 0, and without one it is forgotten.
 
@@ -67,7 +77,7 @@ class Push:
             groups: of the wrapped optimizer, after its step.
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
-            ranks: finds those that train the model together and push alike: none where one cannot.
+            shared: tells whether other ranks train the model, too, and push alike.
 
         Raises:
             MemoryError: a copy of the weights might be what training lacks later on.
@@ -76,6 +86,7 @@ class Push:
         before, self._behind = self._behind, {}
         chosen_by = by_group if by_parameter is None else by_parameter.values()
         if not any(scales.push for scales in chosen_by):
+            self.waits = 0
             return
         rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
@@ -92,28 +103,29 @@ class Push:
             moved, along = alike.setdefault((chosen.push, here.device, here.dtype), ([], []))
             moved.append(here)
             along.append(lagging)
-        self._begin(begin, ranks)
+        if begin:
+            self._begin(begin)
+            self.waits = SNAPSHOTS if shared is not None and shared() else 0
+        if self.waits:
+            for moved, along in alike.values():
+                torch._foreach_copy_(along, moved)
+            return
         for (push, _, _), (to, behind_them) in alike.items():
             # m = rate·(θ − s), and what s lags behind afterwards is (1 − rate)/rate·m
             torch._foreach_lerp_(to, behind_them, -push * rate)
             torch._foreach_lerp_(behind_them, to, rate * (1 + push) / (1 + push * rate))
 
-    def _begin(
-        self, parameters: Sequence[tuple[Place, Tensor]], ranks: Callable[[], Sharing]
-    ) -> None:
-        if not parameters:
-            return
-        refusal: Exception | None = None
+    def _begin(self, parameters: Sequence[tuple[Place, Tensor]]) -> None:
         try:
             check_room([parameter for _, parameter in parameters])
-            copies = {place: parameter.detach().clone() for place, parameter in parameters}
-            self._behind.update(copies)
-        except (MemoryError, RuntimeError) as error:
-            refusal = error
-        # before anything is pushed: replicas would part, and only a fault of all is one that they share
-        if not ranks().everywhere(refusal is None, parameters[0][1].device):
+            self._behind |= {place: parameter.detach().clone() for place, parameter in parameters}
+        except (MemoryError, RuntimeError):
             self._behind = {}
-            raise refusal or MemoryError("no copy of the weights on another rank")
+            raise
+
+    def seen(self) -> None:
+        """Count a snapshot that shows no fault of any rank."""
+        self.waits = max(0, self.waits - 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights behind, by parameter group and place."""

@@ -103,6 +103,7 @@ class Resumable(Wrapper):
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
                 "push": self._push.state_dict(),
+                "push_waits": self._push.waits,
                 "average": self._average.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
@@ -159,6 +160,7 @@ class Resumable(Wrapper):
             average = self._average.fresh()
             # states of gapaware 0.1.0 have none
             push.load_state_dict(ours.get("push", {}), self.base.param_groups)
+            push.waits = int(ours.get("push_waits", 0))
             if ours.get("average"):
                 average.load_state_dict(ours["average"], self.base.param_groups)
             steering.load_state_dict(ours["steering"])

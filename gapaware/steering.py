@@ -85,23 +85,24 @@ class Steering:
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._undecided = self._start
 
-    def release(self, *, keep_memory: bool, lost: bool = False) -> None:
+    def release(self, *, keep_memory: bool, lost: bool = False, shared: bool = False) -> None:
         """Take every factor off, until the controller sets one again; a push for good.
 
         Args:
+            keep_memory: of the controller, as far as the fault cannot come from it.
             lost: whether factors took weights to infinity: none above the root of the largest that the
                 window has seen comes again. The one in force may be what a jump has left of it.
-            keep_memory: of the controller. Not where ranks have to agree, since the one that had the fault
-                may remember something else, nor where it may be what the fault comes from.
+            shared: whether other ranks do the same now. They have to agree from here on, and the one that
+                had the fault may remember, or push, something else: so all forget, and none pushes again.
         """
-        if any(scales.push for scales in self._scales.values()):
+        if shared or any(scales.push for scales in self._scales.values()):
             # it takes memory: what went wrong may be the lack of it
             self._may_push = False
         if lost:
             self._survived = max(1.0, min(self._survived, self._largest) ** 0.5)
             self._may_push = False
         self._scales = {}
-        if not keep_memory:
+        if shared or not keep_memory:
             self._memory = {}
         self._undecided = NEUTRAL
 

@@ -276,6 +276,21 @@ def push_fault(folder: Path) -> Any:
     return {**seen(optimizer), "warned": warned, "weights": weights, "pushes": pushes}
 
 
+def fault_before_a_push(folder: Path) -> Any:
+    """The controller of one rank raises where that of the other lets a push begin."""
+
+    def fragile(observation: Observation) -> Decision:
+        if dist.get_rank() == 1 and observation.step == 20:
+            raise ConnectionError("no answer")
+        return Decision(1.0, push=2.0 * (observation.step >= 20))
+
+    model = DistributedDataParallel(network())
+    optimizer = wrapped(model, process_group=dist.group.WORLD, controller=fragile)
+    warned = quietly(lambda: train(model, optimizer, range(40)))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {**seen(optimizer), "warned": warned, "weights": weights}
+
+
 def start_fault(folder: Path) -> Any:
     """One rank has no memory for the starting weights."""
     model = DistributedDataParallel(network())
@@ -385,7 +400,8 @@ def escaping(kind: str, shard: Callable[[nn.Module], nn.Module]) -> Any:
     rank, ranks = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
     model = shard(network(40))
     base = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    optimizer = GapAware(base, interval=5, **together(kind))
+    # a push begins two snapshots later where there are others
+    optimizer = GapAware(base, interval=5, max_push=0, **together(kind))
     part = 2 * (rank + 1) / (ranks + 1)  # of the loss, 1 in the mean of the ranks
     one_batch = [0] * 120
     train(model, optimizer, one_batch, lambda loss: optimizer.log(loss=part * loss))
@@ -524,9 +540,11 @@ def anchored(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
 
 
 def extrapolated(shard: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
-    """Trained with a push along the recent steps."""
+    """Trained with a push along the recent steps, which begins when it does where there are ranks."""
     model = shard(network())
-    train(model, wrapped(model, controller=lambda seen: Decision(1.0, push=2.0)))
+    optimizer = wrapped(model, controller=lambda seen: Decision(1.0, push=2.0))
+    optimizer._is_shared = lambda: True
+    train(model, optimizer)
     return weights(model)
 
 
@@ -708,8 +726,8 @@ def accelerated(folder: Path) -> None:
 SCENARIOS = {
     2: [
         fully_sharded, by_block, exact, replicas, partly_sharded, other_sharding, controller_fault,
-        sketch_fault, accounting_fault, replica_fault, push_fault, start_fault, warm_up,
-        trainers_optimizer, not_a_number, losses, one_log, save, retained, retained_and_saved,
+        sketch_fault, accounting_fault, replica_fault, push_fault, fault_before_a_push, start_fault,
+        warm_up, trainers_optimizer, not_a_number, losses, one_log, save, retained, retained_and_saved,
         pushed, averaged, shared_losses, escaped, way_back, no_way_back, copy_let_go, lost,
         fault_with_a_copy, fault_in_a_return,
     ],

@@ -162,6 +162,7 @@ def test_other_kinds_of_sharding_are_refused_with_a_way_out(two):
         ("accounting_fault", 0, "IndexError"),
         ("replica_fault", 1, "MemoryError: no memory on this rank"),
         ("push_fault", 1, "MemoryError: no memory on this rank"),
+        ("fault_before_a_push", 1, "ConnectionError: no answer"),
         ("not_a_number", None, None),
     ],
 )
@@ -196,9 +197,14 @@ def test_no_replica_is_pushed_where_one_has_no_memory_for_it(two):
     results = of(two, "push_fault")
     assert torch.equal(results[0]["weights"], results[1]["weights"])
     for result in results:
-        # decided on once, and after the fault never again
-        assert result["pushes"].count(2.0) in (1, 2)
+        # decided on until all have seen the fault, and after it never again
+        assert result["pushes"].count(2.0) in (2, 3)
         assert result["pushes"][-1] == 0.0
+
+
+def test_no_replica_is_pushed_where_a_controller_raises_on_another(two):
+    first, second = of(two, "fault_before_a_push")
+    assert torch.equal(first["weights"], second["weights"])
 
 
 def test_a_rank_without_memory_for_the_start_meets_the_others(two):

@@ -238,7 +238,7 @@ def test_a_state_that_fits_no_parameter_is_refused_whole():
 def test_a_fault_in_the_push_never_costs_the_run(monkeypatch):
     """As where there is no memory for a copy of the weights: the run goes on as the base's."""
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(Push, "__call__", broken)
@@ -309,3 +309,39 @@ def test_parameters_that_come_go_and_change_shape():
     assert torch.equal(model[0].bias, frozen)
     assert torch.equal(extra, torch.ones(3))
     assert all(record["decision"] != "fault" for record in optimizer.history)
+
+
+def test_several_ranks_are_not_pushed_before_all_have_shown_that_they_can_be():
+    theta, push = nn.Parameter(torch.zeros(2)), Push()
+    group, shared = {"params": [theta], "momentum": 0.9}, lambda: True
+
+    def step():
+        with torch.no_grad():
+            theta.add_(1.0)
+        before = theta[0].item()
+        push([group], [Scales(push=2.0)], shared=shared)
+        return theta[0].item() - before
+
+    assert [step(), step()] == [0.0, 0.0]
+    push.seen()  # has yet to tell of what was wrong when it was taken
+    assert step() == 0.0
+    push.seen()
+    assert step() > 0.1
+    assert step() > 0.1
+    # what is to be pushed, too, has to be copied first
+    group["params"].append(nn.Parameter(torch.zeros(2)))
+    assert step() == 0.0
+    push([group], [Scales()], shared=shared)
+    assert push.waits == 0
+    assert not push.holds
+
+
+def test_a_resumed_run_waits_for_as_long():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(10))
+    optimizer._push.waits = 2
+    resumed = pushed(copy.deepcopy(model))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed._push.holds
+    assert resumed._push.waits == 2
