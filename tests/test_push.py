@@ -339,7 +339,7 @@ def test_several_ranks_are_not_pushed_before_all_have_shown_that_they_can_be():
 def test_a_resumed_run_waits_for_as_long():
     model = network()
     optimizer = pushed(model)
-    train(model, optimizer, range(10))
+    train(model, optimizer, range(20))
     optimizer._push.waits = 2
     resumed = pushed(copy.deepcopy(model))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
