@@ -49,7 +49,7 @@ DESCENT = 1.12
 # back to the weights that were kept: what is left of the factor there
 AGAIN = 0.25
 # what holds growth
-QUIET = 3.0
+QUIET = 2.0
 COOLING, ANNEALED = 0.75, 0.5
 STRIDE, FIRST_STRIDE = 0.15, 0.5
 AHEAD = 4
@@ -90,11 +90,11 @@ def drift_law(observation: Observation) -> Decision:
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
 
-    Where the loss falls well, by a quarter in the last dozen snapshots, training is fine and f does not
-    grow; nor once the schedule has come down by a quarter of its peak. c* is for a momentum such as
-    AdamW's; with one that makes updates twice as long it is twice as large, since noise adds up more slowly
-    than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss stands still: who takes
-    that care has chosen the learning rate with some.
+    Where the loss falls well, by a quarter in the last dozen snapshots or at that pace in fewer, training
+    is fine and f does not grow; nor once the schedule has come down by a quarter of its peak. c* is for a
+    momentum such as AdamW's; with one that makes updates twice as long it is twice as large, since noise
+    adds up more slowly than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss
+    stands still: who takes that care has chosen the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
@@ -113,7 +113,7 @@ def drift_law(observation: Observation) -> Decision:
     c − s > 1/3, which is more than momentum leaves of noise. All else acts from four updates on, the first
     and the last a third of the memory apart, less what momentum alone makes alike.
 
-    f does not grow where a > 3, unless the loss stands still; nor while the schedule warms up, as far back
+    f does not grow where a > 2, unless the loss stands still; nor while the schedule warms up, as far back
     as momentum remembers; nor so far that a step moves the weights by more than 15 % of their norm, or by
     half of it while the loss is where the run began and every update goes the same way; and it stays once
     the schedule has come down below half of its peak. If updates have lengthened by more than f explains

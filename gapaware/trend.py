@@ -21,7 +21,7 @@ CLOSE = 0.15
 NEWEST = 3
 # falling fast: by more than this since the last snapshot, relative
 PLUNGE = 0.1
-# doing well: below by more than this, in a dozen losses
+# doing well: below by more than this in a dozen losses, or by its share in fewer
 FINE = 0.25
 # rising: by more than this, relative, beside what its error says
 RISE = 0.02
@@ -128,13 +128,14 @@ class Trend:
 
     @property
     def fine(self) -> bool:
-        """Whether the newest losses are far below those a window ago: training does well as it is."""
+        """Whether the loss falls by a quarter in a dozen, or at that pace: training does well as it is."""
         dozen = (*self.earlier, *self.recent)[-RECENT:]
         few = min(NEWEST, len(dozen) // 2)
         if few < 2:
             return False
+        share = (len(dozen) - few) / (RECENT - NEWEST)
         before = fmean(dozen[:few])
-        return fmean(dozen[-few:]) < before - FINE * abs(before)
+        return fmean(dozen[-few:]) < before - FINE * share * abs(before)
 
     @property
     def rises(self) -> bool:

@@ -306,6 +306,10 @@ def test_losses_from_before_the_first_decision_tell_how_well_it_does():
     fell = drift_law(replace(early, earlier_losses=(0.97, 0.95, 0.7)))
     assert fell.scale == 1
     assert "falls well" in fell.why
+    # at the pace of a quarter in a dozen snapshots, as far as the few there are can tell
+    slow, fast = (0.7, 0.7, 0.675), (0.74, 0.72, 0.7)
+    assert drift_law(replace(early, earlier_losses=slow)).scale > 1
+    assert drift_law(replace(early, earlier_losses=fast)).scale == 1
     spoilt = drift_law(replace(early, earlier_losses=(np.nan, 0.97, 0.95, np.inf, 0.7)))
     assert spoilt.memory == fell.memory
     # where it stands is seen from here, since the first steps of a run are no plateau
@@ -346,9 +350,9 @@ def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
 
 def test_a_turning_spectrum_vetoes_growth():
     # a weak common direction, seen clearly over many parameters, in updates whose size jumps
-    x = updates(0.4) * np.where(np.arange(W + 1) % 2, 0.5, 1.5)[:, None]
+    x = updates(1.0) * np.where(np.arange(W + 1) % 2, 0.7, 1.3)[:, None]
     decision = drift_law(observe(x))
-    assert adiabaticity(x @ x.T) > 3
+    assert 2 < adiabaticity(x @ x.T) < 3
     assert decision.scale == 1.0
     assert "turns" in decision.why
 
