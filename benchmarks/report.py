@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 from benchmarks.methods import BASE, GAPAWARE, NO_LOSS
-from benchmarks.plan import applies, best_point, chosen_rows
+from benchmarks.plan import applies, best_point, chosen_rows, judging_seeds
 from benchmarks.rivals import RIVALS
 from benchmarks.runs import Results, Row, Run, steps
 from benchmarks.statistics import (
@@ -169,9 +169,11 @@ def _summaries(found: dict[str, list[Comparison]]) -> list[str]:
     return lines
 
 
-def _pairs(results: Results, task: str, factor: float, seeds: int) -> list[tuple[Row, Row]]:
+def _pairs(
+    results: Results, task: str, factor: float, seeds: Iterable[int]
+) -> list[tuple[Row, Row]]:
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         both = results.of(Run(task, name, factor, seed) for name in (BASE.name, GAPAWARE.name))
         if len(both) == 2:
             rows.append((both[0], both[1]))
@@ -184,7 +186,8 @@ def others(
     """Tasks without a plateau, and the base's row and GapAware's of each seed."""
     for task in OTHERS:
         if task.name in tasks:
-            yield task.name, _pairs(results, task.name, 1.0, seeds)
+            seeds_here = judging_seeds(results, task.name, seeds)
+            yield task.name, _pairs(results, task.name, 1.0, seeds_here)
 
 
 def _others(results: Results, tasks: Sequence[str], seeds: int) -> list[str]:
@@ -241,7 +244,7 @@ def _by_lr(
     """Mean final loss of the base and of GapAware, and runs, by factor on the tuned learning rate."""
     for task, factors in ROBUSTNESS.items():
         if task in tasks:
-            found = {factor: _pairs(results, task, factor, seeds) for factor in factors}
+            found = {factor: _pairs(results, task, factor, range(seeds)) for factor in factors}
             yield (
                 task,
                 {
@@ -267,7 +270,7 @@ def norms(
 ) -> Iterator[tuple[str, float, float, int]]:
     """Tasks with an interpolator; its mean norm over the smallest, alone and in GapAware, and runs."""
     for task in PLATEAUS:
-        rows = _pairs(results, task.name, 1.0, seeds)
+        rows = _pairs(results, task.name, 1.0, range(seeds))
         if task.name in tasks and rows and "norm_over_smallest" in rows[0][0]["extras"]:
             means = _means(rows, lambda row: row["extras"]["norm_over_smallest"])
             yield (task.name, *means, len(rows))

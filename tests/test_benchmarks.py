@@ -19,8 +19,16 @@ from benchmarks.factors import Bumps
 from benchmarks.figure import draw
 from benchmarks.forgetting_tasks.fashion import FASHION
 from benchmarks.methods import BASE, GAPAWARE, LR_FACTORS, SWEEP, Occasion
-from benchmarks.plan import applies, at, best_point, chosen_rows, inner_first, stages
-from benchmarks.report import markdown
+from benchmarks.plan import (
+    MORE_SEEDS,
+    applies,
+    at,
+    best_point,
+    chosen_rows,
+    inner_first,
+    stages,
+)
+from benchmarks.report import markdown, others
 from benchmarks.rivals import RIVALS, amplify_slow_gradients
 from benchmarks.runs import METHODS, Results, Run, key_of, steps
 from benchmarks.statistics import compare, geometric_mean, loss_change, summarize
@@ -578,6 +586,29 @@ def test_a_task_on_which_nobody_arrives_is_in_no_mean(tmp_path):
         results.add(row(seed=seed, method="gapaware", task="scan", reached=90))
     text = markdown(results, ["parity", "scan"], ["base", "gapaware"], 2)
     assert "| base alone | all | > " in text
+
+
+def test_more_seeds_judge_where_there_is_no_plateau_and_a_factor_has_moved(tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    for seed in range(5):
+        for task in ("digits", "char-lm", "parity"):
+            alone = row(task=task, seed=seed, final_loss=1.0)
+            moved = task != "char-lm" and seed == 3
+            other = {"final_loss": 1.1} if moved else {}
+            results.add(alone)
+            results.add({**alone, "method": "gapaware", **other})
+    tasks, methods = ["parity", "digits", "char-lm"], ["base", "gapaware"]
+    planned = dict(stages(results, tasks, methods, 5))["pairs, more seeds"]
+    assert {(run.task, run.method) for run in planned} == {("digits", m) for m in methods}
+    assert {run.seed for run in planned} == set(MORE_SEEDS)
+    assert not set(MORE_SEEDS) & set(range(10, 30))  # on which the law was chosen
+    # where fewer are asked for the first ones are all there are
+    assert dict(stages(results, tasks, methods, 3))["pairs, more seeds"] == []
+    for run in planned:
+        results.add(row(task=run.task, method=run.method, seed=run.seed, final_loss=1.0))
+    ((_, pairs), (_, same)) = others(results, ["digits", "char-lm"], 5)
+    assert (len(pairs), len(same)) == (20, 5)
+    assert loss_change(pairs)[0] == pytest.approx(0.005)
 
 
 def test_a_choice_does_not_change_when_its_run_is_done_whole(tmp_path):
