@@ -24,9 +24,9 @@ REASONS = {
     "reduce-on-plateau": f"it starts from the {ORACLE}, which a user would have to search for",
     "averaged": f"it is the {ORACLE}, evaluated at an average",
     "schedule-free": "it is ahead where the factor comes late: SGD, Muon, character LMs",
-    "prodigy": "it finds a large learning rate within ten steps; it misses 17 of 165 runs, ours 1",
+    "prodigy": "it finds a large learning rate within ten steps; it misses 17 of 165 runs, ours 2",
     BUMPS: "they have our factors without having to find them; on these tasks it hardly matters when",
-    "no plateau": "a factor that has grown before the schedule comes down; what is overfitted sooner",
+    "no plateau": "early leaps while the loss falls well, which a few noisy losses do not tell",
     "norm": "larger steps on the way down from the plateau end further away",
 }
 
