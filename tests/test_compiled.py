@@ -173,7 +173,7 @@ def test_pieces_are_asked_for_again_only_under_another_key(taken):
 def train(steps=60):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(400, 600), torch.nn.Tanh(), torch.nn.Linear(600, 1))
-    optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-5), interval=3)
+    optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=1e-6), interval=3)
     x = torch.randn(64, 400)
     for _ in range(steps):
         optimizer.zero_grad()
