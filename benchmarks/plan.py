@@ -1,9 +1,9 @@
 """Which run comes next, so that what is there at any time is worth reading.
 
 First GapAware and its base on every task, one seed after the other; then more seeds where there is no
-plateau and the two differ; then GapAware without the loss; then
-the best learning rate of the base's sweep, the oracle; then learning rates that are too small; then every
-rival at the best point of its own sweep. Two seeds choose a point, and all seeds judge it.
+plateau and the two differ; then GapAware without the loss; then the best learning rate of the base's
+sweep, the oracle; then learning rates that are too small; then every rival at the best point of its own
+sweep. Two seeds choose a point, and all seeds judge it.
 """
 
 from __future__ import annotations
