@@ -91,10 +91,11 @@ def drift_law(observation: Observation) -> Decision:
         f                                       otherwise
 
     Where the loss falls well, by a quarter in the last dozen snapshots or at that pace in fewer, training
-    is fine and f does not grow; nor once the schedule has come down by a quarter of its peak. c* is for a
-    momentum such as AdamW's; with one that makes updates twice as long it is twice as large, since noise
-    adds up more slowly than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss
-    stands still: who takes that care has chosen the learning rate with some.
+    is fine: f does not grow, and one below 5, which is hardly what makes it fall, shrinks, unless there is
+    a pull. Nor does f grow once the schedule has come down by a quarter of its peak. c* is for a momentum
+    such as AdamW's; with one that makes updates twice as long it is twice as large, since noise adds up
+    more slowly than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss stands
+    still: who takes that care has chosen the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
@@ -203,8 +204,13 @@ def _decide(observation: Observation) -> Decision:
         factor, why = 1.0, "too little drift for one who warms up, hold"
     if factor > 1 and observation.lrs[-1] < COOLING * peak:
         factor, why = 1.0, "the schedule comes down, hold"
-    if factor > 1 and trend.fine:
+    if trend.fine and factor > 1:
         factor, why = 1.0, "the loss falls well, hold"
+    # where nothing takes weights back the way down has rules of its own, and under a pull f stays
+    small = 1 < observation.scale < SMALL and not (observation.pull or _unbounded(observation))
+    slower = SHRINKAGE ** _thirds(observation)
+    if trend.fine and small and slower < factor:
+        factor, why = slower, "the loss falls well without it, shrink"
     if factor > limit:
         factor, why = limit, "steps as large as the weights allow"
     if jumps:

@@ -1,5 +1,6 @@
 """The built-in laws do what they say, and what they steer by equals its reference."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from gapaware.law import (
     RECOVERY,
     REST,
     RETREAT,
+    SHRINKAGE,
     SOONEST,
     STRIDE,
     WANDERING,
@@ -772,12 +774,36 @@ def test_where_the_loss_falls_well_the_factor_does_not_grow():
     little, well = trend(*np.linspace(3.0, 2.2, 12)), trend(*np.linspace(3.0, 1.8, 12))
     for x in (updates(0.7), updates(2.0)):
         assert drift_law(observe(x, scale=2.0, loss=2.2, memory=little)).scale > 2.0
-        held = drift_law(observe(x, scale=2.0, loss=1.8, memory=well))
-        assert (held.scale, "falls well" in held.why) == (2.0, True)
+        held = drift_law(observe(x, scale=8.0, loss=1.8, memory=well))
+        assert (held.scale, "falls well" in held.why) == (8.0, True)
     # what is taken away is taken all the same
     step = np.linalg.norm(updates(2.0)[-1]) / SPAN
-    less = observe(updates(2.0), scale=2.0, loss=1.8, memory=well, weight_norm=0.75 * step / STRIDE)
-    assert drift_law(less).scale == pytest.approx(1.5)
+    less = observe(updates(2.0), scale=8.0, loss=1.8, memory=well, weight_norm=0.75 * step / STRIDE)
+    assert drift_law(less).scale == pytest.approx(6.0)
+
+
+def test_where_the_loss_falls_well_a_small_factor_shrinks():
+    """It is hardly what makes it fall, and may be older than the first losses."""
+    well = trend(*np.linspace(3.0, 1.8, 12))
+    none, some = np.zeros((W + 1, W + 1)), np.eye(W + 1)
+    for x, decay_gram in itertools.product(
+        (updates(0.0), updates(0.7), updates(2.0)), (None, some)
+    ):
+        small = observe(x, scale=2.0, loss=1.8, memory=well, decay_gram=decay_gram)
+        shrunk = drift_law(small)
+        assert shrunk.scale == pytest.approx(2.0 * SHRINKAGE)
+        assert "falls well without it, shrink" in shrunk.why
+        assert drift_law(replace(small, scale=SMALL)).scale == SMALL
+        # the learning rate that was chosen is left alone
+        assert drift_law(replace(small, scale=1.0, min_scale=0.1)).scale == 1.0
+    # while the window fills, too
+    few = observe(updates(2.0)[:FEWEST], scale=2.0, step=8, loss=0.67)
+    assert drift_law(replace(few, earlier_losses=(0.97, 0.95, 0.7))).scale < 2.0
+    # where nothing takes weights back the way down has rules of its own, and a pull holds them
+    for more in ({"decay_gram": none}, {"pull": 0.01}):
+        assert (
+            drift_law(observe(updates(2.0), scale=2.0, loss=1.8, memory=well, **more)).scale == 2.0
+        )
 
 
 def test_a_loss_that_had_fallen_and_came_back_is_not_the_first_plateau():
