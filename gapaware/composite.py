@@ -124,8 +124,22 @@ class Composite(Delegating):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the last optimizer, which for `muon` is AdamW and takes any tensor."""
-        self.optimizers[-1].add_param_group(param_group)
+        """Add a group to the last optimizer, which for `muon` is AdamW and takes any tensor.
+
+        Raises:
+            ValueError: another of the optimizers has one of its parameters.
+        """
+        last = self.optimizers[-1]
+        last.add_param_group(param_group)
+        owned = {
+            id(p) for other in self.optimizers[:-1] for g in other.param_groups for p in g["params"]
+        }
+        if again := sum(id(p) in owned for p in last.param_groups[-1]["params"]):
+            last.param_groups.pop()
+            raise ValueError(
+                f"param_group: {again} of its parameters belong to another optimizer here; "
+                "give each parameter to one of them"
+            )
 
     def _save(self) -> dict[str, Any]:
         state: dict[Any, Any] = {}

@@ -1,6 +1,7 @@
 """From the weights that are trained to their average and back, around an evaluation."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from gapaware.caution import caution
 from gapaware.places import Written
@@ -50,6 +51,15 @@ class Evaluating(Resumable):
                 getattr(self._average, to)(self.base.param_groups)
             finally:
                 self._note()
+
+    def _save(self) -> dict[str, Any]:
+        # or a run that resumes from here would take what others have written for a step of its own
+        self._notice()
+        return super()._save()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._notice()
+        return super().__getstate__()
 
     def _copies(self) -> bool:
         """Whether there are copies of weights, that those which others write make worthless."""

@@ -156,10 +156,12 @@ def drift_law(observation: Observation) -> Decision:
 def _decide(observation: Observation) -> Decision:
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
     memory = {**observation.memory, "highest_lr": highest, "push": observation.push}
-    trend = None
-    if observation.loss is not None and isfinite(observation.loss):
+    # where a loss is logged now and then, what the last one told counts until the next
+    trend = Trend.from_memory(memory.get("trend"))
+    told = observation.loss is not None and isfinite(observation.loss)
+    if observation.loss is not None and told:
         earlier = filter(isfinite, observation.earlier_losses)
-        trend = Trend.from_memory(memory.get("trend")).recalling(earlier).after(observation.loss)
+        trend = trend.recalling(earlier).after(observation.loss)
         memory["trend"] = trend.to_memory()
     motion, why = _motion(observation)
     if motion is None:
@@ -171,7 +173,6 @@ def _decide(observation: Observation) -> Decision:
     if observation.lrs[-1] < ANNEALED * peak:
         why = f"{figures}: the schedule cools down, hold"
         return Decision(observation.scale, why, memory=memory)
-    trend = trend or Trend()
     trial = Trial.from_memory(memory.get("trial")).after(observation.scale, trend)
     # by more than a learning rate explains: nothing bounds the steps of this optimizer
     longest = float(memory.get("longest", 0.0))
@@ -190,9 +191,11 @@ def _decide(observation: Observation) -> Decision:
     memory["warmed_up"] = warmed_up
     # over longer updates noise adds up to less of them
     observation = replace(observation, target=observation.target * _pace(observation))
-    hurry = trend.close and not lengthened and not observation.pull
+    hurry = told and trend.close and not lengthened and not observation.pull
     coherent = motion.coherence > COHERENT
-    factor, why = _wanted(observation, motion, trend, trial.reach, hurry=hurry)
+    # nor does what the loss told last raise it again and again
+    reach = trial.reach if told else 0.0
+    factor, why = _wanted(observation, motion, trend, reach, hurry=hurry)
     certain = trend.unmoved and coherent
     limit = _limit(observation, FIRST_STRIDE if certain else STRIDE)
     if lengthened and coherent and (certain or trend.unknown):
@@ -356,7 +359,8 @@ def _wanted(
         return _on_the_first_plateau(trend, leap, factor, why)
     if trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
-    if motion.full and trend.flat and not trend.left and factor < PROBING**thirds:
+    probes = motion.full and trend.flat and not trend.left and reach > 0
+    if probes and factor < PROBING**thirds:
         return min(PROBING**thirds, room), "the loss stands still, grow"
     return factor, why
 

@@ -8,9 +8,14 @@ from torch import Tensor
 
 from gapaware.transfer import Transfer
 
+# NaN in a loss once is a batch without labels, or a step that a gradient scaler leaves out
+SERIOUS = 3
+
 
 class Means:
     """Running means by name; tensors are added up where they are.
+
+    A mean with NaN or infinity in it is NaN or infinite, for all to see.
 
     Example:
         >>> means = Means()
@@ -22,6 +27,8 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
+        # of the last values, how many in a row were not finite
+        self._lost: dict[str, int] = {}
 
     def add(self, name: str, value: float | Tensor) -> None:
         """Count one more value, a number or a tensor of one element.
@@ -44,6 +51,8 @@ class Means:
                 raise TypeError(
                     f"log({name}={value!r}): pass a number or a tensor of one element"
                 ) from error
+        if _known(value):
+            self._lost[name] = 0 if isfinite(value) else self._lost.get(name, 0) + 1
         if name in self._sums:
             total, count = self._sums[name]
             if isinstance(total, Tensor) and isinstance(value, Tensor):
@@ -53,9 +62,8 @@ class Means:
             self._sums[name] = (value, 1)
 
     def overflows(self, name: str) -> bool:
-        """Whether a value is NaN or infinite, as far as that is known without waiting for a device."""
-        total, _ = self._sums.get(name, (0.0, 0))
-        return (not isinstance(total, Tensor) or total.device.type == "cpu") and not isfinite(total)
+        """Whether the last three values are NaN or infinite, as far as that is known without waiting."""
+        return self._lost.get(name, 0) >= SERIOUS
 
     def mean(self, name: str) -> float | Tensor | None:
         """The mean so far, where its values are; None where there are none."""
@@ -75,24 +83,37 @@ class Means:
     def state_dict(self) -> dict[str, list[Any]]:
         """Sum and count by name; waits for the sums that are still on a device.
 
-        A sum that is a tensor stays one: as a number it would be rounded otherwise from here on.
+        A sum that is a tensor stays one: as a number it would be rounded otherwise from here on. Where the
+        last values were not finite their number follows.
         """
-        return {
+        state: dict[str, list[Any]] = {
             name: [total.to("cpu", copy=True) if isinstance(total, Tensor) else total, count]
             for name, (total, count) in self._sums.items()
         }
+        for name, lost in self._lost.items():
+            if lost:
+                state[name] = [*state.get(name, [0.0, 0]), lost]
+        return state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Means":
         """The means that `state_dict` described; a bare number, as until 0.1.0, is one value."""
         means = cls()
         for name, held in state.items():
-            total, count = held if isinstance(held, list | tuple) else (held, 1)
+            total, count, *lost = held if isinstance(held, list | tuple) else (held, 1)
+            if lost:
+                means._lost[str(name)] = int(lost[0])
+            if lost and int(count) == 0:
+                continue
             if int(count) < 1:
                 raise ValueError(f"{name}: the mean of {count} values")
             total = total.reshape(()).clone() if isinstance(total, Tensor) else float(total)
             means._sums[str(name)] = (total, int(count))
         return means
+
+
+def _known(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 def arrived(metrics: dict[str, float | Transfer]) -> dict[str, float]:

@@ -259,6 +259,10 @@ class GapAware(Evaluating):
         if self._copies():
             with self._guarded("weights that others wrote"):
                 self._notice()
+        if self._rescue.owed:
+            with self._guarded("weights to go back to"):
+                self._rescue.keep(self.base, self._steps)
+                self._note()
         with self._guarded("the first snapshot"):
             if self._fresh:
                 if self._steps == 0:

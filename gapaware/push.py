@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapaware.distributed import local
+from gapaware.lr import is_remote
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
 from gapaware.places import Groups, Place, from_state, scaled_places, to_state
 from gapaware.room import check_room
@@ -73,6 +74,8 @@ class Push:
     ) -> None:
         """Move each parameter by λ·m. At the first push m is 0, and without one it is forgotten.
 
+        Nor does anything move whose learning rate is 0, as far as the host knows it.
+
         Args:
             groups: of the wrapped optimizer, after its step.
             by_group: scales of each group.
@@ -92,7 +95,9 @@ class Push:
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         begin = []
         for place, parameter, chosen in scaled_places(groups, by_group, by_parameter):
-            if chosen.push == 0.0 or not parameter.requires_grad:
+            lr = groups[place[0]].get("lr")
+            stopped = lr is not None and not is_remote(lr) and float(lr) == 0.0
+            if chosen.push == 0.0 or stopped or not parameter.requires_grad:
                 continue
             behind = before.get(place)
             if behind is None or behind.shape != parameter.shape:

@@ -15,11 +15,12 @@ from gapaware.room import check_room
 class Rescue:
     """A copy of the weights and of what the wrapped optimizer remembers, both of one step.
 
-    It is not saved with the optimizer's state: a resumed run has none until the next is kept. Running
-    statistics in a model's buffers are not in it.
+    It is not saved with the optimizer's state: a run that resumes keeps its weights of then instead.
+    Running statistics in a model's buffers are not in it.
 
     Args:
         allowed: whether to keep any.
+        owed: whether there was one when the state was saved that was loaded.
 
     Example:
         >>> weights = torch.nn.Parameter(torch.zeros(1))
@@ -31,8 +32,9 @@ class Rescue:
         (1, 0.0)
     """
 
-    def __init__(self, allowed: bool = True) -> None:
+    def __init__(self, allowed: bool = True, *, owed: bool = False) -> None:
         self._allowed = allowed
+        self.owed = allowed and owed
         self._step = 0
         self._kept: dict[tuple[int, Place], tuple[Tensor, dict[str, Any]]] = {}
 
@@ -41,9 +43,9 @@ class Rescue:
         """Whether there is anything to go back to."""
         return bool(self._kept)
 
-    def fresh(self) -> "Rescue":
+    def fresh(self, *, owed: bool = False) -> "Rescue":
         """One with the same setting and no copy."""
-        return Rescue(self._allowed)
+        return Rescue(self._allowed, owed=owed)
 
     @torch.no_grad()
     def keep(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -81,15 +83,15 @@ class Rescue:
                 if weights is None or weights.shape != parameter.shape:
                     continue
                 parameter.copy_(weights)
-                leaf.state.pop(parameter, None)  # the optimizer begins one by itself
+                now = leaf.state.pop(parameter, None)  # the optimizer begins one by itself
                 if state:
-                    leaf.state[parameter] = state
+                    leaf.state[parameter] = _in_place(now, state)
         self.forget()
         return self._step
 
     def forget(self) -> None:
         """Let go of the copy."""
-        self._kept = {}
+        self._kept, self.owed = {}, False
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -99,6 +101,17 @@ def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
             yield parameter
             state = leaf.state.get(parameter, {}).values()
             yield from (value for value in state if isinstance(value, Tensor))
+
+
+def _in_place(now: Any, before: dict[str, Any]) -> dict[str, Any]:
+    """The state as it was, in the tensors that it has now: an optimizer may know them by other names."""
+    if not isinstance(now, dict):
+        return before
+    for key, value in before.items():
+        here = now.get(key)
+        alike = isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape
+        before[key] = here.copy_(value) if alike and here.dtype == value.dtype else value
+    return before
 
 
 def _copied(state: Any) -> Any:

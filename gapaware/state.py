@@ -41,6 +41,7 @@ class Resumable(Wrapper):
     _midway: bool  # `base` had made steps before the first one here
     _interval: int
     _interval_is_auto: bool
+    _first_interval: int
     _next_snapshot: int
     _observer: Observer
     _steering: Steering
@@ -105,6 +106,7 @@ class Resumable(Wrapper):
                 "push": self._push.state_dict(),
                 "push_waits": self._push.waits,
                 "average": self._average.state_dict(),
+                "kept": self._rescue.holds or self._rescue.owed,
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,
@@ -136,6 +138,8 @@ class Resumable(Wrapper):
         self._push, self._average, self._written = Push(), self._average.fresh(), Written()
         self._rescue = self._rescue.fresh()
         self._pending, self._metrics, self._returning = None, Means(), None
+        if self._interval_is_auto:
+            self._interval = self._first_interval
         self._steps, self._next_snapshot, self._fresh = 0, self._interval, True
         # another run, whose steps begin at 0; a log of this one is left whole
         self.history = self.history.fresh()
@@ -185,7 +189,7 @@ class Resumable(Wrapper):
                 "_anchor": anchor,
                 "_push": push,
                 "_average": average,
-                "_rescue": self._rescue.fresh(),
+                "_rescue": self._rescue.fresh(owed=bool(ours.get("kept", False))),
                 "_written": Written(),  # of weights that may come from elsewhere it is not known
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),

@@ -232,6 +232,27 @@ def test_weights_that_are_loaded_stay(evaluating):
     assert optimizer.history.column("decision").count("fault") == 0
 
 
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_weights_that_are_loaded_and_saved_stay_in_a_run_that_resumes(evaluating):
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    if evaluating:
+        optimizer.eval()
+    best = network(seed=5).state_dict()
+    model.load_state_dict(best)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = network(seed=1)
+    resumed = averaged(other)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    resumed.eval()
+    assert equal(other.parameters(), best.values())
+    resumed.train()
+    assert equal(other.parameters(), best.values())
+
+
 @pytest.mark.parametrize("cut_off_in", ["eval", "train"])
 def test_an_exchange_that_is_cut_off_can_be_gone_on_with(cut_off_in, monkeypatch):
     model = network()

@@ -98,6 +98,15 @@ def test_new_groups_go_to_the_last_optimizer():
     assert list(composite.state_dict()["param_groups"][-1]["params"]) == [4]
 
 
+def test_a_new_group_takes_nothing_from_another_optimizer():
+    params = parameters()
+    composite = build(params)
+    groups = len(composite.param_groups)
+    with pytest.raises(ValueError, match="1 of its parameters belong to another optimizer"):
+        composite.add_param_group({"params": [*parameters(((2, 2, 2),)), params[0]]})
+    assert len(composite.param_groups) == groups
+
+
 class Language(nn.Module):
     def __init__(self):
         super().__init__()

@@ -830,7 +830,7 @@ def test_a_loss_that_falls_fast_takes_a_factor_down_where_nothing_takes_weights_
     moving, falling = updates(2.0), trend(*(2.3 * 0.85 ** np.arange(40)))
     none, some = np.zeros((W + 1, W + 1)), np.eye(W + 1)
     loss = 2.3 * 0.85**40
-    assert drift_law(observe(moving, scale=8.0, memory=falling)).scale > 8
+    assert drift_law(observe(moving, scale=8.0)).scale > 8
     down = drift_law(observe(moving, scale=8.0, loss=loss, memory=falling, decay_gram=none))
     assert down.scale == pytest.approx(8.0 * BRAKE)
     assert "falls fast, back" in down.why
@@ -1043,3 +1043,19 @@ def test_a_converged_run_is_tried_out_and_left_alone():
     assert scales.count(1.0) > 0.75 * len(scales)
     assert sum(ours) < 1.02 * sum(alone)
     assert sum(ours[-200:]) < 1.01 * sum(alone[-200:])
+
+
+def test_a_loss_that_is_logged_now_and_then_counts_until_the_next():
+    """What it told last holds and ends a trial, but raises nothing a second time."""
+    well = trend(*np.linspace(3.0, 1.8, 12))
+    held = drift_law(observe(updates(0.7), scale=8.0, memory=well))
+    assert (held.scale, held.why.endswith("the loss falls well, hold")) == (8.0, True)
+    still = trend(*(2.3 + NOISE[:40]))
+    assert drift_law(observe(updates(0.0), loss=2.3, memory=still)).scale == LEAP
+    silent = drift_law(observe(updates(0.0), memory=still))
+    assert silent.scale == 1.0
+    assert silent.memory["trend"] == still["trend"]
+    # and what was known when the weights were kept is not forgotten
+    begun = drift_law(observe(updates(0.7), memory=still))
+    assert begun.keep
+    assert Trend.from_memory(begun.memory["trial"]["kept"]) == Trend.from_memory(still["trend"])

@@ -1,6 +1,7 @@
 """What is logged between two snapshots reaches the history as a mean, and survives a checkpoint."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -55,6 +56,26 @@ def test_a_mean_saved_halfway_is_the_same_number(kind):
     for value in values[4:]:
         second.add("loss", kind(value))
     assert arrived(second.take()) == arrived(whole.take())
+
+
+def test_three_values_in_a_row_that_are_not_finite_are_no_accident():
+    """They may be in several means, and in a run that resumes."""
+    means = Means()
+    for value in (math.nan, torch.tensor(math.inf), 1.0, math.nan, -math.inf):
+        means.add("loss", value)
+    assert not means.overflows("loss")
+    assert math.isnan(arrived(means.take())["loss"])
+    file = io.BytesIO()
+    torch.save(means.state_dict(), file)
+    file.seek(0)
+    for held in (means, Means.from_state_dict(torch.load(file, weights_only=True))):
+        assert held.take() == {}
+        held.add("other", math.nan)
+        assert not held.overflows("loss")
+        held.add("loss", math.nan)
+        assert held.overflows("loss")
+        held.add("loss", 1.0)
+        assert not held.overflows("loss")
 
 
 def test_states_of_before_there_were_means_hold_one_value():

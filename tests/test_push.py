@@ -137,10 +137,44 @@ def test_weights_that_are_loaded_are_no_step_to_push_along(ruined):
     model.load_state_dict(best.state_dict())
     optimizer.base.state.clear()
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = 1e-20
     train(model, optimizer, range(25, 28))
     assert optimizer.history[-1]["push"] == 2.0
     assert equal(model, best)
+
+
+@pytest.mark.parametrize("duplicate", ["saved", "copied"])
+def test_weights_that_are_loaded_just_before_a_copy_is_made_are_no_step_either(duplicate):
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(25))
+    model.load_state_dict(network(seed=5).state_dict())
+    if duplicate == "copied":
+        other, resumed = copy.deepcopy((model, optimizer))
+    else:
+        other = network()
+        resumed = pushed(other)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.load_state_dict(model.state_dict())
+    train(model, optimizer, range(25, 40))
+    train(other, resumed, range(25, 40))
+    assert equal(model, other)
+
+
+def test_a_learning_rate_of_zero_stops_the_push_too():
+    model = network()
+    optimizer = pushed(model)
+    train(model, optimizer, range(25))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model)
+    train(model, optimizer, range(25, 30))
+    assert equal(model, before)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    train(model, optimizer, range(30, 35))
+    assert not equal(model, before)
+    assert optimizer._push.holds
 
 
 def test_an_evaluation_is_not_seen_by_a_push():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -275,7 +276,8 @@ def test_the_law_keeps_where_a_factor_leaves_one_and_where_it_does_well():
     assert all(after - before > 5 for before, after in itertools.pairwise(kept))
 
 
-def test_the_law_goes_back_from_a_plateau_that_its_factor_makes():
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_law_goes_back_from_a_plateau_that_its_factor_makes(every):
     """At 64 times the learning rate the network dies, and the loss stands still as it did before."""
     torch.manual_seed(0)
     inputs = torch.rand(256, 2) * 2 - 1
@@ -289,7 +291,80 @@ def test_the_law_goes_back_from_a_plateau_that_its_factor_makes():
     )
     optimizer = GapAware(torch.optim.AdamW(model.parameters(), lr=3e-3))
     loss_of = lambda: torch.nn.functional.binary_cross_entropy_with_logits(model(inputs), answers)  # noqa: E731
-    train(optimizer, loss_of, 600)
+    losses = []
+    for step in range(800):
+        losses += train(optimizer, loss_of, 1, log=step % every == 0)
     back = [record for record in optimizer.history if "back_to" in record]
     assert back
     assert back[0]["next_scale"] <= back[0]["scale"] / 4 + 1e-9
+    # without a way back it ends at 0.63, without GapAware at 0.11
+    assert losses[-1] < 0.1
+
+
+def test_a_run_that_resumes_goes_back_to_where_it_resumed():
+    def undecided(observation):
+        return Decision(
+            2.0, keep=observation.scale <= 1, back=observation.step == 30 and observation.kept
+        )
+
+    def new():
+        weights, loss_of = problem()
+        adamw = torch.optim.AdamW([weights], lr=1e-3)
+        return weights, GapAware(adamw, controller=undecided, interval=1), loss_of
+
+    weights, optimizer, loss_of = new()
+    train(optimizer, loss_of, 20)
+    assert optimizer._rescue.holds
+    twin, resumed, loss_of_twin = new()
+    with torch.no_grad():
+        twin.copy_(weights)
+    resumed.load_state_dict(optimizer.state_dict())
+    # as often as it is saved before the next step
+    again = resumed.state_dict()
+    resumed.load_state_dict(again)
+    train(resumed, loss_of_twin, 10)
+    assert resumed._rescue.holds
+    assert not torch.equal(twin, weights)
+    train(resumed, loss_of_twin, 1)
+    assert [r["back_to"] for r in resumed.history if "back_to" in r] == [20]
+    assert torch.equal(twin, weights)
+
+
+def test_a_state_goes_back_in_the_tensors_that_the_optimizer_knows():
+    class Apart(torch.optim.SGD):
+        """Has its momentum in a place of its own, too."""
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.mine = [state["momentum_buffer"] for state in self.state.values()]
+
+    weights, loss_of = problem()
+    base = Apart([weights], lr=0.1, momentum=0.9)
+    train(GapAware(base, mode="observe"), loss_of, 5)
+    rescue = Rescue()
+    rescue.keep(base, step=5)
+    before = base.mine[0].clone()
+    train(GapAware(base, mode="observe"), loss_of, 5)
+    known = base.mine[0]
+    rescue.put_back(base)
+    assert base.state[weights]["momentum_buffer"] is known
+    assert torch.equal(known, before)
+
+
+@pytest.mark.parametrize(
+    ("bad", "goes_back"), [((30,), False), ((30, 31), False), ((30, 31, 32), True)]
+)
+def test_a_loss_that_is_not_finite_once_is_nothing_to_go_back_for(bad, goes_back):
+    """A batch without labels, or a step that a gradient scaler leaves out: the weights are sound."""
+    weights, loss_of = problem()
+    base = torch.optim.AdamW([weights], lr=1e-3)
+    rising = lambda seen: Decision(2.0, keep=seen.scale <= 1)  # noqa: E731
+    optimizer = GapAware(base, controller=rising, interval=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(60):
+            train(optimizer, loss_of, 1, log=False)
+            optimizer.log(loss=math.nan if step in bad else 1.0)
+    assert any("back_to" in record for record in optimizer.history) == goes_back
+    assert bool(said) == goes_back
+    assert (optimizer._steering.max_scale < 2) == goes_back

@@ -122,6 +122,21 @@ def test_plain_adamw_checkpoint_loads_and_history_starts_empty():
     assert optimizer.history[-1]["step"] <= 40
 
 
+def test_a_plain_checkpoint_begins_anew_whatever_was_before():
+    """Snapshots of a run that begins are closer together, and so are those of one that begins again."""
+    alone = mlp()
+    adamw = BASES["adamw"](alone)
+    train(alone, adamw, 5)
+    runs = []
+    for before in (0, 60):
+        model, optimizer = build("adamw")
+        train(model, optimizer, before)
+        model.load_state_dict(alone.state_dict())
+        optimizer.load_state_dict(through_a_file(adamw.state_dict()))
+        runs.append((train(model, optimizer, range(5, 60)), optimizer.history.column("step")))
+    assert runs[0] == runs[1]
+
+
 def test_our_checkpoint_loads_into_plain_adamw():
     model, optimizer = build("adamw", interval=2)
     train(model, optimizer, 40)
