@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapaware import arguments
+from gapaware.caution import caution
 from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
 from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
@@ -21,8 +22,9 @@ class Anchor:
     """Copies of the starting weights, and the pull towards them.
 
     Args:
-        source: "init" for the weights at the first step; or a state dict by parameter name, in which
-            what is missing is not pulled: a new head, which has no old skill.
+        source: "init" for the weights at the first step, and of what is frozen then, when it is unfrozen;
+            or a state dict by parameter name, in which what is missing is not pulled: a new head, which has
+            no old skill.
         device: where to keep them, None for the parameters' own. From elsewhere they travel at each step.
         dtype: to keep them in, such as `torch.bfloat16`; None for the parameters' own, which complex ones
             always have.
@@ -57,6 +59,7 @@ class Anchor:
     def restart(self) -> None:
         """Forget the starting weights: those at the next step will be the start."""
         self._weights: dict[Place, Tensor] = {}
+        self._waiting: set[Place] = set()  # what has not trained so far
         self._highest_lr: dict[int, float | Tensor] = {}
         self._groups = 0
 
@@ -66,10 +69,18 @@ class Anchor:
         Raises:
             TypeError: it has no tensor for one of them.
             ValueError: the parameters have no names, none is in it, or a shape is another.
+
+        Warns:
+            UserWarning: it seems to have one of them by another name.
         """
         if isinstance(self._source, str):
             return
-        given = [self._given(groups, place, parameter) for place, parameter in _anchored(groups)]
+        # frozen ones too: they may be unfrozen, and a mistake then would cost the training until then
+        given = [
+            self._given(groups, place, parameter)
+            for place, parameter in places(groups)
+            if _may_be_anchored(groups, place, parameter)
+        ]
         if all(weights is None for weights in given):
             theirs = [name for group in groups for name in group.get("param_names", ())]
             found = (
@@ -82,20 +93,29 @@ class Anchor:
             raise ValueError(
                 f"anchor: none of its names is a parameter of the wrapped optimizer; {found}"
             )
+        for name, other in _renamed(groups, self._source):
+            caution(
+                f"anchor: it lacks {name!r} of the wrapped optimizer, which is not pulled, but has the "
+                f"same weights by the name {other!r}; if these two are tied, set "
+                f"anchor[{name!r}] = anchor[{other!r}]"
+            )
 
     @torch.no_grad()
     def start(self, groups: Groups) -> None:
-        """Take the starting weights of the parameter groups that were not there before."""
-        if len(groups) == self._groups:
+        """Take the starting weights of what trains for the first time; frozen, it was still there."""
+        if len(groups) != self._groups:
+            self._waiting |= {place for place, _ in places(groups) if place[0] >= self._groups}
+            self._groups = len(groups)
+        if not self._waiting:
             return
-        for place, parameter in _anchored(groups):
-            if place[0] < self._groups:
-                continue
+        begin = [(place, p) for place, p in _anchored(groups) if place in self._waiting]
+        for place, parameter in begin:
             given = self._given(groups, place, parameter)
             if given is not None:
                 self._weights[place] = self._kept(given.detach(), parameter)
-        self._groups = len(groups)
-        self._let_go(groups)
+        if begin:
+            self._waiting -= {place for place, _ in begin}
+            self._let_go(groups)
 
     @torch.no_grad()
     def pull(
@@ -197,6 +217,7 @@ class Anchor:
             "weights": to_state(self._weights),
             "highest_lr": {str(number): float(lr) for number, lr in self._highest_lr.items()},
             "groups": self._groups,
+            "waiting": [list(place) for place in sorted(self._waiting)],
         }
 
     def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
@@ -212,7 +233,11 @@ class Anchor:
         peaks: dict[int, float | Tensor] = {
             int(number): float(lr) for number, lr in state["highest_lr"].items()
         }
+        # states of gapaware 0.1.0 do not say, and one made before it was frozen has no start of it
+        waiting = {(int(group), int(index)) for group, index in state.get("waiting", ())}
+        waiting |= {place for place, p in places(groups) if not _is_anchored(groups, place, p)}
         self._weights, self._highest_lr, self._groups = weights, peaks, int(state["groups"])
+        self._waiting = waiting - weights.keys()
         self._let_go(groups)
 
 
@@ -243,10 +268,41 @@ def _is_anchored(groups: Groups, place: Place, parameter: Tensor) -> bool:
     return parameter.requires_grad and bool(groups[place[0]].get("anchor", True))
 
 
+def _may_be_anchored(groups: Groups, place: Place, parameter: Tensor) -> bool:
+    """Whether it is, or would be if it were not frozen: quantized weights can only be frozen."""
+    floating = parameter.is_floating_point() or parameter.is_complex()
+    return floating and bool(groups[place[0]].get("anchor", True))
+
+
 def _name(groups: Groups, place: Place) -> str:
     """The name of a parameter, "" where it has none."""
     names = groups[place[0]].get("param_names")
     return "" if names is None else names[place[1]]
+
+
+@torch.no_grad()
+def _renamed(groups: Groups, source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of parameters that a state dict has by another name, as of tied weights, and that name.
+
+    Those of equal values, as before training. Vectors may be equal by chance: zeros or ones.
+    """
+    named = {_name(groups, place) for place, _ in places(groups)}
+    spare = {name: weights for name, weights in source.items() if name not in named}
+    for place, parameter in places(groups):
+        name = _name(groups, place)
+        if name in source or parameter.ndim < 2 or not _may_be_anchored(groups, place, parameter):
+            continue
+        # all of them, also after one was found: ranks that share weights in shards meet in each
+        for other in [other for other, weights in spare.items() if _is_equal(weights, parameter)]:
+            yield name, other
+
+
+def _is_equal(weights: Any, parameter: Tensor) -> bool:
+    """Whether weights of a state dict are those of the parameter, rounded to its dtype."""
+    if not isinstance(weights, Tensor) or weights.is_meta or weights.shape != parameter.shape:
+        return False
+    here, there = local(parameter), local(_like(weights, parameter))
+    return here.numel() > 0 and torch.equal(there.to(here.dtype), here.to(there.device))
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

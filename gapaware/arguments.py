@@ -1,6 +1,6 @@
 """Checks of what a person passes: an error names the argument, its value and the way out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -197,12 +197,30 @@ def state_dict(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
-    """Return `value`, which is one of a state dict, if it is a tensor of the shape of `like`.
+def names(name: str, value: Any) -> Any:
+    """Return `value` if it is a sequence or set of strings.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: its shape is another.
+        TypeError: it is not, or is one string.
+
+    Example:
+        >>> names("fresh", "classifier.")
+        Traceback (most recent call last):
+        TypeError: fresh='classifier.': pass a sequence of names, such as fresh=['classifier.']
+    """
+    found = isinstance(value, Sequence | Set) and not isinstance(value, str)
+    if not found or not all(isinstance(item, str) for item in value):
+        such = value if isinstance(value, str) else "classifier."
+        raise TypeError(f"{name}={value!r}: pass a sequence of names, such as {name}=[{such!r}]")
+    return value
+
+
+def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
+    """Return `value`, which is one of a state dict, if it has the shape of `like` and may have its values.
+
+    Raises:
+        TypeError: it is no tensor, or one of integers where `like` is not.
+        ValueError: its shape is another, or it is on the meta device.
 
     Example:
         >>> weight("anchor['bias']", torch.ones(3), torch.ones(2), instead="pass another")
@@ -215,6 +233,11 @@ def weight(name: str, value: Any, like: Tensor, *, instead: str) -> Tensor:
         raise ValueError(
             f"{name} has the shape {tuple(value.shape)}, the model's {tuple(like.shape)}; {instead}"
         )
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device, which keeps nothing; {instead}")
+    rounded = not value.is_floating_point() and not value.is_complex()
+    if rounded and (like.is_floating_point() or like.is_complex()):
+        raise TypeError(f"{name} is a tensor of {value.dtype}, no floating-point one; {instead}")
     return value
 
 

@@ -44,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever reads, such as `head`, has enough; what is left to flush at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # what no optimizer writes: a log that somebody edited
+    except (AttributeError, TypeError) as error:
+        logs = ", ".join(map(str, arguments.logs))
+        print(
+            f"gapaware: {logs}: not a gapaware log, a value is of another kind ({error}); pass a file "
+            "written through log_to=",
+            file=sys.stderr,
+        )
+        return _TROUBLE
     except (OSError, ValueError, ImportError) as error:
         print(f"gapaware: {error}", file=sys.stderr)
         if isinstance(error, ImportError):

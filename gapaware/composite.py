@@ -243,7 +243,7 @@ def muon(
         A `GapAware` around a `Composite`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `adamw_parameters` one string.
         ValueError: the model has no trainable matrix for Muon.
 
     Example:
@@ -258,7 +258,9 @@ def muon(
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
-    patterns = tuple(adamw_parameters)
+    # of one string the letters would be patterns
+    named = adamw_parameters if isinstance(adamw_parameters, str) else tuple(adamw_parameters)
+    patterns = arguments.names("adamw_parameters", named)
     matrices: list[tuple[str, nn.Parameter]] = []
     other_matrices: list[tuple[str, nn.Parameter]] = []
     vectors: list[tuple[str, nn.Parameter]] = []

@@ -116,8 +116,8 @@ def consolidate(
 
     Raises:
         TypeError: an argument is of the wrong kind, or `evaluate` returned no number.
-        ValueError: an argument is out of bounds, `anchor` does not fit the model or is no copy, or
-            `fresh` names nothing.
+        ValueError: an argument is out of bounds, `anchor` does not fit the model or is no copy, `fresh`
+            names nothing, or `evaluate` moved or cast the model.
         Unsupported: FSDP1, DeepSpeed ZeRO-3, parameters on the meta device, or a sharded model with an
             anchor that is not sharded alike.
         BaseException: what `evaluate` raises; the trained weights are back in place then.
@@ -138,7 +138,11 @@ def consolidate(
         5.5
     """
     keep, start_loss, evaluations = checked(
-        keep=keep, start_loss=start_loss, evaluations=evaluations, storage_device=storage_device
+        evaluate=evaluate,
+        keep=keep,
+        start_loss=start_loss,
+        evaluations=evaluations,
+        storage_device=storage_device,
     )
     line = Line(model, anchor, fresh, storage_device)
     agreed = _agreed(line, ranks_of(process_group))
@@ -147,7 +151,9 @@ def consolidate(
 
         def measured() -> float:
             model.eval()
-            loss = agreed(_number(evaluate(model)))
+            loss = _number(evaluate(model))
+            line.check()
+            loss = agreed(loss)
             tick()
             return loss
 
@@ -184,13 +190,17 @@ def consolidate(
 
 
 def checked(
-    *, keep: Any, start_loss: Any, evaluations: Any, storage_device: Any, **_: Any
+    *, evaluate: Any, keep: Any, start_loss: Any, evaluations: Any, storage_device: Any, **_: Any
 ) -> tuple[float, float | None, int]:
     """The options of `consolidate` that can be checked without a model: keep, start_loss, evaluations.
 
     Raises:
         TypeError, ValueError: one of them is wrong.
     """
+    if not callable(evaluate):
+        raise TypeError(
+            f"evaluate={evaluate!r}: pass a function of the model that returns a validation loss"
+        )
     arguments.device("storage_device", storage_device, why="where the trained weights lie")
     if start_loss is not None:
         start_loss = arguments.number("start_loss", start_loss, why="a bound on the loss")

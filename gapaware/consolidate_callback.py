@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gapaware import arguments
+from gapaware.caution import caution
 from gapaware.consolidate import Consolidation, Evaluate, checked, consolidate
 from gapaware.distributed import alone
 from gapaware.line import AnchorWeights, matched, starting_weights
@@ -42,18 +43,22 @@ class ConsolidateCallback(TrainerCallback):
         trainer: any Trainer with an eval_dataset; several of them count alike.
         keep: share of the gain to keep, in (0, 1].
         anchor: what the training started from. By default the weights at the beginning of training, and
-            in a run that resumes those that the Trainer was built with.
+            in a run that resumes those that the Trainer was built with. Of what trains then: pass the
+            pretrained state dict where more is unfrozen later.
         anchor_device: where the default anchor lies during training.
         evaluate: a loss of the model to decide by instead.
         **options: for `gapaware.consolidate`: ``fresh`` (the new head!), ``start_loss``,
             ``evaluations``, ...
 
     Attributes:
-        result: the `gapaware.Consolidation`, after training.
+        result: the `gapaware.Consolidation`, after training; None where that failed.
 
     Raises:
         TypeError, ValueError: there is no eval_dataset, an option is wrong, or the anchor does not fit the
             model; all before training.
+
+    Warns:
+        UserWarning: after training there was no loss to decide by. The model stays as trained.
 
     Example:
         >>> args = TrainingArguments("run", use_cpu=True, report_to="none")
@@ -71,12 +76,18 @@ class ConsolidateCallback(TrainerCallback):
         evaluate: Evaluate | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"trainer={type(trainer).__name__}: not a transformers.Trainer; pass the Trainer itself"
+            )
         if trainer.eval_dataset is None and evaluate is None:
             raise ValueError(
                 "trainer: it has no eval_dataset, so nothing tells how far the weights may go back; give "
                 "it one, or pass evaluate=, a function of the model that returns a validation loss"
             )
         self.result: Consolidation | None = None
+        if evaluate is None:
+            evaluate = self._validation_loss
         self._trainer, self._evaluate = trainer, evaluate
         self._anchor_device = arguments.device(
             "anchor_device", anchor_device, why="where the starting weights lie"
@@ -103,6 +114,7 @@ class ConsolidateCallback(TrainerCallback):
         """Take the anchor, unless weights of a checkpoint are loaded by now."""
         model: nn.Module = kwargs["model"]
         if not self._given and state.global_step == 0:
+            self._anchor = None  # to be freed first
             self._anchor = starting_weights(model, self._anchor_device)
         if self._anchor is None:
             raise ValueError(
@@ -118,17 +130,24 @@ class ConsolidateCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Consolidate and log."""
+        """Consolidate and log; an error leaves the model as trained, which is not to be lost."""
         assert self._anchor is not None
         if hasattr(kwargs["optimizer"], "eval"):
             # one that trains at other weights than it hands out would exchange them in mid-search
             kwargs["optimizer"].eval()
-        evaluate = self._evaluate or (lambda _: validation_loss(self._trainer))
-        self.result = consolidate(kwargs["model"], self._anchor, evaluate, **self._options)
+        self.result = None
+        try:
+            self.result = consolidate(
+                kwargs["model"], self._anchor, self._evaluate, **self._options
+            )
+        except (TypeError, ValueError) as error:
+            caution(f"ConsolidateCallback: the model stays as trained; {error}")
+            return
         names = ("share", "kept", "loss", "start_loss", "end_loss")
         self._trainer.log({f"consolidate/{name}": getattr(self.result, name) for name in names})
-        if not self._given:
-            self._anchor = None
+
+    def _validation_loss(self, _: nn.Module) -> float:
+        return validation_loss(self._trainer)
 
 
 def validation_loss(trainer: Trainer) -> float:
@@ -141,6 +160,8 @@ def validation_loss(trainer: Trainer) -> float:
     names = list(sets) if isinstance(sets, Mapping) else [None]
     handler = trainer.callback_handler
     callbacks, handler.callbacks = handler.callbacks, []
+    # as in training: what is not would cast the model for bf16_full_eval
+    in_train, trainer.is_in_train = trainer.is_in_train, True
     losses: list[float] = []
     try:
         for name in names:
@@ -157,5 +178,5 @@ def validation_loss(trainer: Trainer) -> float:
                 )
             losses.append(metrics["eval_loss"])
     finally:
-        handler.callbacks = callbacks
+        handler.callbacks, trainer.is_in_train = callbacks, in_train
     return sum(losses) / len(losses)

@@ -8,6 +8,7 @@ new ones, or what the model itself wrote before (pseudorehearsal, see `gapaware.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ class Distillation:
     everything but the classes. Needs no old data. With one head for both tasks, the old answers to new
     inputs contradict the new ones: pass `inputs`.
 
+    Its forward passes are not those of DistributedDataParallel: pass the model inside, and wrap that with
+    find_unused_parameters=False. With True, DDP takes an old head for unused after the new task's forward
+    pass, and fails at its gradient. `gapaware.huggingface.GapAwareTrainer` sees to that.
+
+    With `inputs` both passes are in evaluation mode. A model that checkpoints activations in that mode too
+    recomputes them in training mode, with dropout and other statistics: the backward pass fails or gives
+    wrong gradients. Those of Hugging Face checkpoint in training mode alone.
+
     Args:
         model: before fine-tuning; it is called at each step with the weights of now and of then.
         answers: `answers(model, batch)`, the old task's logits on a batch of the new one's inputs,
@@ -36,7 +45,8 @@ class Distillation:
             function that returns texts drawn from it before fine-tuning; with a head for each task
             `lambda x: torch.cat([x, gapaware.scrambled(x)])`.
         weights: of the start, a state dict or a module; None copies the model's own now. Names that the
-            model does not have are left out, and buffers that a state dict does not save are its own now.
+            model does not have are left out, buffers that a state dict does not save are its own now, and
+            of tied weights any name will do.
         strength: of the loss beside the new task's.
         temperature: T. Above 1 unlikely classes count too.
 
@@ -82,26 +92,31 @@ class Distillation:
         self.temperature = arguments.positive("temperature", temperature, why="how soft they are")
         self._asked = _Asked(model, answers)
         self._inputs = inputs
-        own = dict(_tensors(model))
+        own = dict(_named(model))
         given = own if weights is None else arguments.state_dict("weights", weights)
         saved = dict(model.named_parameters()).keys() | model.state_dict().keys()
-        if missing := own.keys() & saved - given.keys():
-            raise ValueError(
-                f"weights: lacks {sorted(missing)[0]!r} and {len(missing) - 1} more of the model; "
-                f"{_WAY_OUT}"
-            )
+        missing = []
         self.weights: dict[str, Tensor] = {}
-        for name, tensor in own.items():
-            start = given.get(name, tensor)
-            start = arguments.weight(f"weights[{name!r}]", start, tensor, instead=_WAY_OUT)
-            self.weights[name] = start.detach().clone()
+        for names in _names_of_each(own):
+            name = next((name for name in names if name in given), names[0])
+            if name not in given and not saved.isdisjoint(names):
+                missing.append(name)
+                continue
+            start, like = given.get(name, own[name]), own[name]
+            start = arguments.weight(f"weights[{name!r}]", start, like, instead=_WAY_OUT)
+            self.weights[names[0]] = start.detach().clone()
+        if missing:
+            raise ValueError(f"weights: lacks {arguments.some(missing)} of the model; {_WAY_OUT}")
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss on a batch, to be added to the new task's: a scalar that gradients flow through.
 
+        It is 0 where there are no answers, such as those at a mask without a place.
+
         Raises:
             TypeError: the answers are no tensor.
-            ValueError: they are single numbers, which have no distribution over classes.
+            ValueError: they are single numbers, which have no distribution over classes; or the model has
+                lost weights of the start, as where adapters have wrapped its layers.
         """
         if self._inputs is not None:
             batch = self._inputs(batch)
@@ -109,14 +124,21 @@ class Distillation:
             then = self._softened(self._answers_then(batch))
         with nullcontext() if self._inputs is None else _evaluating(self._asked.model):
             now = self._softened(self._asked(batch))
-        apart = F.kl_div(now, then, log_target=True, reduction="batchmean")
+        apart = F.kl_div(now, then, log_target=True, reduction="sum") / max(len(now), 1)
         return self.strength * self.temperature**2 * apart
 
     def _answers_then(self, batch: Any) -> Any:
-        for name, now in _tensors(self._asked.model):
-            if name in self.weights:
-                # only where the model has moved since: a Trainer moves it after this was built
-                self.weights[name] = self.weights[name].to(now.device, now.dtype)
+        now = dict(_named(self._asked.model))
+        # functional_call would ignore them, and the model would be held to itself
+        if gone := [name for name in self.weights if name not in now]:
+            raise ValueError(
+                f"model: no longer has {arguments.some(gone)}; build Distillation after adding adapters or "
+                "wrapping layers, and if training has begun by then, with weights= from before it under "
+                "the new names"
+            )
+        for name, start in self.weights.items():
+            # only where the model has moved since: a Trainer moves it after this was built
+            self.weights[name] = start.to(now[name].device, now[name].dtype)
         weights = {f"model.{name}": tensor for name, tensor in self.weights.items()}
         return functional_call(self._asked, weights, (batch,))
 
@@ -131,7 +153,9 @@ class Distillation:
                 f"answers: gave logits of shape {tuple(logits.shape)}; return (..., classes) with at "
                 "least two, for a single number per example torch.stack((z, 0 * z), -1)"
             )
-        return F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1)
+        softened = F.log_softmax(logits.flatten(0, -2).float() / self.temperature, -1)
+        # masked classes have -inf, and their share 0 · (inf - inf) would be NaN
+        return softened.clamp_min(-1e30)
 
 
 class _Asked(nn.Module):
@@ -146,9 +170,19 @@ class _Asked(nn.Module):
         return self.answers(self.model, batch)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers; tied ones under each of their names."""
+    return chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+
+
+def _names_of_each(named: Mapping[str, Tensor]) -> list[list[str]]:
+    """All names of each tensor: a file may have kept any one of tied ones."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 @contextmanager

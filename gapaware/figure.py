@@ -41,7 +41,8 @@ def write_figure(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the path's ending is no format, or a run has no records.
+        ValueError: the path's ending is no format, a run has no records, or there are not as many names or
+            subtitles as runs.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -66,13 +67,18 @@ def draw(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a run has no records.
+        ValueError: a run has no records, or there are not as many names or subtitles as runs.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the figure needs matplotlib: pip install gapaware[plot]") from error
     columns = _as_runs(runs)
+    for what, given in (("names", names), ("subtitles", subtitles)):
+        if given and len(given) != len(columns):
+            raise ValueError(
+                f"{what}: {len(given)} of them for {len(columns)} run(s); pass one per run"
+            )
     panels = dict(PANELS)
     for name in ("loss", "risk"):
         if not any(np.isfinite(series(records, name)).any() for records in columns):
@@ -117,10 +123,13 @@ def _mark_events(ax: Axes, records: Sequence[Record], *, labelled: bool) -> None
     returns = [record["step"] for record in records if record.get("back_to") is not None]
     texts = []
     for steps, what, color in ((returns, "return", DUSK), (faults, "fault", RED)):
-        height, style = (1.0, ":") if len(steps) <= _FULL_LINES else (0.07, "-")
-        for step in steps:
-            ax.axvline(step, 0, height, color=color, linewidth=0.9, linestyle=style)
+        few = len(steps) <= _FULL_LINES
+        height, cap = (1.0, "butt") if few else (0.07, "projecting")
+        style: dict[str, Any] = {"linestyles": ":" if few else "-", "capstyle": cap}
         if steps:
+            # in one piece: a run that diverged has a fault at every snapshot
+            across = ax.get_xaxis_transform()
+            ax.vlines(steps, 0, height, color, linewidth=0.9, transform=across, **style)
             texts.append(f"{len(steps)} {what}" + "s" * (len(steps) > 1))
     if texts and labelled:
         color = RED if faults else DUSK

@@ -79,7 +79,7 @@ def optimizer_cls_and_kwargs(
         What the Trainer takes under the same name.
 
     Raises:
-        TypeError: if an option is not one of GapAware's.
+        TypeError: if ``args`` is no TrainingArguments, or an option is not one of GapAware's.
         ValueError: if ``base`` is not one of the above, or ``args`` asks for DeepSpeed.
 
     Example:
@@ -93,6 +93,10 @@ def optimizer_cls_and_kwargs(
         >>> type(trainer.create_optimizer()).__name__
         'GapAware'
     """
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args={args!r}: not a transformers.TrainingArguments; pass those that the Trainer gets"
+        )
     known = inspect.signature(GapAware).parameters.keys() - {"base"}
     if unknown := options.keys() - known:
         raise TypeError(
@@ -175,14 +179,31 @@ class GapAwareTrainerMixin(TrainerToMixInto):
 
     Args:
         distillation: a loss on a batch (a dict, as the Trainer has it) that is added in training:
-            a `gapaware.Distillation`. All other arguments are the Trainer's.
+            a `gapaware.Distillation`. All other arguments are the Trainer's. With it
+            ``args.ddp_find_unused_parameters`` becomes False where it is None, as DDP would take an old
+            head for unused; pass True where one head serves both tasks and some weights serve neither.
+
+    Raises:
+        TypeError: ``distillation`` is no function.
     """
 
     def __init__(
         self, *args: Any, distillation: Callable[[Any], Tensor] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        if not (distillation is None or callable(distillation)):
+            raise TypeError(
+                f"distillation={distillation!r}: not callable; pass a gapaware.Distillation, or another "
+                "function of the batch that returns a loss"
+            )
         self.distillation = distillation
+        super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does, which reads the settings of DDP here."""
+        if self.distillation is not None and self.args.ddp_find_unused_parameters is None:
+            # DDP does not see the forward pass in which an old head answers
+            self.args.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()
 
     def compute_loss(
         self,

@@ -24,10 +24,12 @@ def starting_weights(
     Args:
         model: before training.
         device: where the copies go; "cpu" costs no memory of the GPU.
-        dtype: of the copies, such as torch.bfloat16 for half the memory; by default the tensors' own.
+        dtype: of the copies, such as torch.bfloat16 for half the memory; by default the tensors' own,
+            which complex ones always have.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or dtype no floating-point one.
+        ValueError: this machine has no such device.
 
     Returns:
         The trainable parameters and the floating-point buffers, by their names in the state dict;
@@ -39,10 +41,13 @@ def starting_weights(
         >>> list(starting_weights(layer))
         ['weight']
     """
+    why = "how to keep the starting weights"
+    arguments.device("device", device, why=why)
+    arguments.floating("dtype", dtype, why=why)
     return {
-        names[0]: tensor.detach().to(device, dtype, copy=True)
+        names[0]: tensor.detach().to(device, None if tensor.is_complex() else dtype, copy=True)
         for names, tensor in _tensors(arguments.module("model", model))
-        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        if _may_change(tensor)
     }
 
 
@@ -103,9 +108,11 @@ class Line:
         storage_device: torch.device | str | None = None,
     ) -> None:
         pairs = matched(model, anchor, fresh)
+        self._model = model
         self.parameters = [p for p, _, _ in pairs]
         self.has_fresh_start = any(fresh for _, _, fresh in pairs)
         self._sharded = _fully_sharded(model)
+        self._memory = [] if self._sharded else _memory(model)
         self._tracks = []
         shared = False
         for tensor, start, is_fresh in pairs:
@@ -131,12 +138,35 @@ class Line:
                 track.end if at == 1 else between(track.start, track.end.to(where), at)
             )
 
+    def check(self) -> None:
+        """Refuse a model that no longer holds the tensors that `go` writes.
+
+        Raises:
+            ValueError: they were replaced, as `model.to(...)` does.
+        """
+        if not self._holds():
+            raise ValueError(
+                "evaluate moved or cast the model; do that before consolidate, or evaluate under "
+                "torch.autocast"
+            )
+
+    def _holds(self) -> bool:
+        for module in self._sharded:
+            module.reshard()
+        now = {_address(local(tensor.detach())) for _, tensor in _tensors(self._model)}
+        return all(_address(track.place) in now for track in self._tracks)
+
     def __enter__(self) -> Line:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.go(1.0)
+        if kind is None:
+            return
+        self.go(1.0)
+        if not self._holds():
+            for module, name, tensor, data in self._memory:
+                tensor.data = data
+                setattr(module, name, tensor)
 
 
 def matched(
@@ -150,8 +180,7 @@ def matched(
     Raises:
         TypeError, ValueError, Unsupported: as `consolidate`.
     """
-    if isinstance(fresh, str):
-        raise TypeError(f"fresh={fresh!r}: pass a sequence of names, such as fresh=[{fresh!r}]")
+    arguments.names("fresh", fresh)
     arguments.module("model", model)
     start = arguments.state_dict("anchor", anchor)
     unknown, pairs, missing = set(fresh), [], []
@@ -161,7 +190,7 @@ def matched(
         found = next((name for name in names if name in start), None)
         if found is not None:
             pairs.append((tensor, _fitting(found, tensor, start[found]), bool(mine)))
-        elif not mine and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
+        elif not mine and _may_change(tensor):
             missing.append(names[0])
     if unknown:
         raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
@@ -169,8 +198,15 @@ def matched(
         raise ValueError(
             f"anchor: it lacks {arguments.some(missing)} of the model and has "
             f"{arguments.some(list(start))}; if the names differ by a prefix, pass the model inside the "
-            "wrapper (DDP: model.module, torch.compile: model._orig_mod), and name in `fresh` what had no "
-            "start"
+            "wrapper (DDP: model.module, torch.compile: model._orig_mod); if they were still frozen at "
+            "starting_weights(model), which copies what trains, pass the pretrained state dict; and name "
+            "in `fresh` what had no start"
+        )
+    if not pairs:
+        raise ValueError(
+            f"anchor: it has {arguments.some(list(start)) or 'nothing'}, none of it a weight of the model, "
+            "whose parameters are frozen; take starting_weights(model) while they train, or pass the "
+            "pretrained state dict"
         )
     return pairs
 
@@ -182,6 +218,25 @@ def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
         if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
             named.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(named.values())
+
+
+def _may_change(tensor: Tensor) -> bool:
+    """Whether it is a buffer, or a parameter that trains."""
+    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+
+
+def _memory(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """All parameters and buffers: module, name in it, tensor, and the memory that it has now."""
+    return [
+        (module, name, tensor, tensor.data)
+        for module in model.modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    ]
+
+
+def _address(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.data_ptr(), tensor.dtype
 
 
 def _fitting(name: str, tensor: Tensor, given: Any) -> Tensor:

@@ -28,6 +28,7 @@ def write_report(
         The summaries, one under the other.
 
     Raises:
+        TypeError: `paths` is one path.
         OSError: a log cannot be read, or the figure cannot be written.
         ValueError: a file is not a gapaware log or has no records, or the figure's ending is no
             format.
@@ -41,6 +42,8 @@ def write_report(
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """The runs of several logs, as (path, header, records); errors as in `write_report`."""
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths={str(paths)!r}: pass a list of paths, such as [{str(paths)!r}]")
     runs = [(Path(path), *read_log(path)) for path in paths]
     for path, _, records in runs:
         if not records:

@@ -109,8 +109,10 @@ def _in_place(now: Any, before: dict[str, Any]) -> dict[str, Any]:
         return before
     for key, value in before.items():
         here = now.get(key)
-        alike = isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape
-        before[key] = here.copy_(value) if alike and here.dtype == value.dtype else value
+        if not (isinstance(value, Tensor) and isinstance(here, Tensor)):
+            continue
+        if here.shape == value.shape and here.dtype == value.dtype:
+            before[key] = here.copy_(value)
     return before
 
 

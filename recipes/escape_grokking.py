@@ -230,6 +230,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--budget", type=int, default=defaults.budget, help="steps at most")
     parser.add_argument("--output", type=Path, default=Path("runs/escape-grokking"))
     options = parser.parse_args(argv)
+    if options.budget < defaults.score_every:
+        parser.error(
+            f"--budget {options.budget}: the score is taken every {defaults.score_every} steps; pass at "
+            f"least {defaults.score_every}"
+        )
 
     # The matrices are too small to share: a second thread wins little alone and loses much when
     # anything else runs.

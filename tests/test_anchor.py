@@ -1,6 +1,7 @@
 """The starting weights and the pull towards them."""
 
 import copy
+import warnings
 import weakref
 
 import numpy as np
@@ -240,6 +241,12 @@ def test_what_was_given_is_freed_once_it_is_copied():
         ),
         ({"theta": np.ones(2)}, TypeError, r"anchor\['theta'\] is a ndarray: pass a tensor"),
         ({"theta": 1.0}, TypeError, r"anchor\['theta'\] is a float: pass a tensor"),
+        (
+            {"theta": torch.ones(2, dtype=torch.int8)},
+            TypeError,
+            r"of torch\.int8, no floating-point",
+        ),
+        ({"theta": torch.ones(2, device="meta")}, ValueError, "on the meta device"),
         ("start", ValueError, "choose one of 'init'"),
         (True, TypeError, "anchor=bool: .* pass a state dict or a module"),
         ([torch.ones(2)], TypeError, "anchor=list: .* pass a state dict or a module"),
@@ -419,6 +426,90 @@ def test_frozen_later_and_added_parameters():
     assert (model[2].weight - added["weight"]).norm() > 0
     assert len(optimizer.starting_weights()) == 4
     assert torch.equal(optimizer.starting_weights()["1.0"], added["weight"])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("saved", [None, "frozen", "as in 0.1.0", "trainable"])
+def test_what_is_unfrozen_later_is_pulled(given, saved):
+    model, start = model_and_start()
+    model[0].requires_grad_(False)
+
+    def wrapped():
+        base = torch.optim.SGD(model.named_parameters(), lr=0.05)
+        return GapAware(base, mode="retain", anchor=start if given else "init")
+
+    optimizer = wrapped()
+    train(model, optimizer, 2)
+    assert optimizer.starting_weights().keys() == {"0.2", "0.3"}
+    state = copy.deepcopy(optimizer.state_dict())
+    if saved == "trainable":
+        model[0].requires_grad_(True)
+    if saved == "as in 0.1.0":
+        del state["gapaware"]["anchor"]["waiting"]
+    if saved:
+        optimizer = wrapped()
+        optimizer.load_state_dict(state)
+    model[0].requires_grad_(True)
+    train(model, optimizer, 2)
+    assert len(optimizer.starting_weights()) == 4
+    assert torch.equal(optimizer.starting_weights()["0.0"], start["0.weight"])
+    before = way(model, start)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    after = way(model, start)
+    assert all(after[name] < before[name] for name in after)
+
+
+def test_what_is_frozen_may_be_all_that_an_anchor_has():
+    """A new head is trained first, then the rest with it."""
+    model, start = model_and_start()
+    model[0].requires_grad_(False)
+    trunk = {name: weights for name, weights in start.items() if name.startswith("0.")}
+    base = torch.optim.SGD(model.named_parameters(), lr=0.05)
+    optimizer = GapAware(base, mode="retain", anchor=trunk)
+    train(model, optimizer, 2)
+    model[0].requires_grad_(True)
+    train(model, optimizer, 1)
+    assert optimizer.starting_weights().keys() == {"0.0", "0.1"}
+    wrong = {**trunk, "0.weight": torch.ones(3)}
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"anchor\['0\.weight'\] has the shape \(3,\)"):
+        GapAware(base, mode="retain", anchor=wrong)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tied_weight_by_its_other_name_is_noticed():
+    """Files keep one of its names, and not always that which the optimizer has."""
+    model = Tied()
+    anchor = copy.deepcopy(dict(model.state_dict()))
+    del anchor["embedding.weight"]
+
+    def wrapped():
+        base = torch.optim.SGD(model.named_parameters(), lr=0.05)
+        return GapAware(base, mode="retain", anchor=anchor)
+
+    with pytest.warns(
+        UserWarning, match=r"lacks 'embedding\.weight'.*name 'head\.weight'"
+    ) as caught:
+        wrapped()
+    assert len(caught) == 1
+    anchor["embedding.weight"] = anchor["head.weight"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped()
+        # an ordinary new head, in the place of an old one of the same shape
+        del anchor["embedding.weight"]
+        nn.init.normal_(model.embedding.weight)
+        wrapped()
 
 
 def test_saved_after_a_parameter_was_frozen_it_loads():

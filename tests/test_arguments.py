@@ -92,6 +92,14 @@ def test_only_the_base_is_positional():
         build(windows=3)
 
 
+def test_names_are_several_strings():
+    for right in ([], ("a",), {"a", "b"}):
+        assert arguments.names("fresh", right) is right
+    for wrong in (None, "a", [1], 3, {"a": 1}):
+        with pytest.raises(TypeError, match="pass a sequence of names, such as fresh="):
+            arguments.names("fresh", wrong)
+
+
 def test_bounds_are_in():
     assert arguments.integer("n", 3, low=3, high=3, why="") == 3
     assert arguments.positive("x", 1.0, low=1.0, high=1.0, why="") == 1.0

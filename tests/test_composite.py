@@ -137,6 +137,11 @@ def test_muon_shares_the_parameters_out():
     assert muon(model).param_groups[1]["weight_decay"] == 0.1
 
 
+def test_muon_takes_patterns_not_one_string():
+    with pytest.raises(TypeError, match=r"adamw_parameters='lm_head': pass a sequence of names"):
+        muon(Language(), adamw_parameters="lm_head")
+
+
 def test_muon_ties_and_choices():
     model = Language()
     model.lm_head.weight = model.wte.weight

@@ -363,6 +363,7 @@ WRONG = [
     ({"start_loss": "a"}, TypeError, r"start_loss='a': .*pass a number"),
     ({"storage_device": "gpu"}, ValueError, r"storage_device='gpu': .*such as 'cpu'"),
     ({"storage_device": "meta"}, ValueError, r"storage_device='meta'"),
+    ({"evaluate": 0.5}, TypeError, r"evaluate=0\.5: pass a function of the model"),
     ({"foo": 3}, TypeError, "unexpected keyword argument 'foo'"),
 ]
 
@@ -372,13 +373,15 @@ WRONG = [
     [
         *WRONG,
         ({"fresh": ["classifier."]}, ValueError, r"fresh=\['classifier\.'\]"),
-        ({"fresh": "3."}, TypeError, r"fresh='3\.'"),
+        ({"fresh": "3."}, TypeError, r"fresh='3\.': .*such as fresh=\['3\.'\]"),
+        ({"fresh": None}, TypeError, r"fresh=None: pass a sequence of names"),
+        ({"fresh": [1]}, TypeError, r"fresh=\[1\]: pass a sequence of names"),
     ],
 )
 def test_wrong_arguments(arguments, kind, message):
     model, anchor = trained()
     with pytest.raises(kind, match=message):
-        consolidate(model, anchor, error, **arguments)
+        consolidate(model, anchor, **{"evaluate": error, **arguments})
 
 
 def test_anchor_that_does_not_fit():
@@ -391,6 +394,46 @@ def test_anchor_that_does_not_fit():
         consolidate(model, [anchor], error)
     with pytest.raises(TypeError, match=r"anchor\['3\.bias'\] is a ndarray: pass a tensor"):
         consolidate(model, {**anchor, "3.bias": anchor["3.bias"].numpy()}, error)
+    with pytest.raises(TypeError, match=r"anchor\['3\.bias'\] is a tensor of torch\.int32"):
+        consolidate(model, {**anchor, "3.bias": anchor["3.bias"].int()}, error)
+    with pytest.raises(ValueError, match=r"anchor\['3\.bias'\] is on the meta device"):
+        consolidate(model, {**anchor, "3.bias": anchor["3.bias"].to("meta")}, error)
+    unfrozen = {name: start for name, start in anchor.items() if not name.startswith("0.")}
+    with pytest.raises(ValueError, match=r"lacks '0\.weight'.*frozen at starting_weights"):
+        consolidate(model, unfrozen, error)
+    frozen = nn.Linear(4, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"it has nothing, .*parameters are frozen"):
+        consolidate(frozen, starting_weights(frozen), error)
+
+
+def test_how_starting_weights_cannot_be_kept():
+    with pytest.raises(TypeError, match=r"dtype=torch\.int8: .*pass a floating-point torch\.dtype"):
+        starting_weights(nn.Linear(2, 1), dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"device='gpu': .*such as 'cpu'"):
+        starting_weights(nn.Linear(2, 1), "gpu")
+    with_angle = nn.ParameterList([torch.tensor([1j])])
+    (kept,) = starting_weights(with_angle, dtype=torch.bfloat16).values()
+    assert kept.tolist() == [1j]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_evaluate_may_not_cast_the_model(kind):
+    """`model.to` gives parameters other memory, so that the line would be evaluated at one point."""
+    model, anchor = trained()
+    model[0].register_buffer("mask", torch.full((2,), 0.1), persistent=False)
+    before, mask = values(model), model[0].mask
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    def evaluate(model):
+        x, y = data()
+        return nn.functional.mse_loss(model.to(kind)(x.to(kind)).float(), y)
+
+    with pytest.raises(ValueError, match=r"evaluate moved or cast the model; do that before"):
+        consolidate(model, anchor, evaluate)
+    assert same(values(model), before)
+    assert model[0].mask is mask
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    assert 0 < consolidate(model, anchor, error).share < 1
 
 
 def test_anchor_that_was_not_copied():
@@ -586,6 +629,59 @@ def test_callback_in_a_resumed_run_knows_the_start(hugging, tmp_path):
     assert same(weights, again)
 
 
+def test_callback_goes_on_with_the_same_trainer(hugging, tmp_path):
+    transformers, ours = hugging
+    trainer = trainer_for(transformers, tmp_path, save_strategy="steps", save_steps=10)
+    callback = ours.ConsolidateCallback(trainer, keep=0.8)
+    trainer.add_callback(callback)
+    trainer.train()
+    first = callback.result
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert callback.result == first
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_callback_needs_the_start_of_what_is_unfrozen(hugging, tmp_path, given):
+    transformers, ours = hugging
+    trainer = trainer_for(transformers, tmp_path, bf16_full_eval=True)
+    trainer.model.bert.encoder.requires_grad_(False)
+    # the Trainer would leave out what is frozen
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=5e-3)
+    start = values(trainer.model.bert.encoder)
+
+    class Unfreeze(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.bert.encoder.requires_grad_(state.global_step >= 5)
+
+    trainer.add_callback(Unfreeze())
+    anchor = {n: t.clone() for n, t in trainer.model.state_dict().items()} if given else None
+    callback = ours.ConsolidateCallback(trainer, keep=0.8, anchor=anchor)
+    trainer.add_callback(callback)
+    if not given:
+        with pytest.warns(UserWarning, match=r"stays as trained; anchor: it lacks .*still frozen"):
+            trainer.train()
+        return
+    trainer.train()
+    assert 0 < callback.result.share < 1
+    # nor has the evaluation cast the model
+    assert trainer.model.dtype == torch.float32
+    assert not same(values(trainer.model.bert.encoder), start)
+
+
+def test_callback_without_labels_leaves_the_model_as_trained(hugging, tmp_path):
+    transformers, ours = hugging
+    trainer = trainer_for(transformers, tmp_path)
+    trainer.eval_dataset = [{"input_ids": row["input_ids"]} for row in ROWS]
+    callback = ours.ConsolidateCallback(trainer)
+    trainer.add_callback(callback)
+    with pytest.warns(UserWarning, match="stays as trained; eval_dataset: .*needs labels"):
+        trainer.train()
+    assert callback.result is None
+    alone = trainer_for(transformers, tmp_path)
+    alone.train()
+    assert same(values(trainer.model), values(alone.model))
+
+
 def test_callback_waits_for_optimizers_that_train_elsewhere(hugging, tmp_path):
     """Schedule-free ones exchange the weights in eval(), which the Trainer's evaluation calls."""
     transformers, ours = hugging
@@ -634,6 +730,10 @@ def test_callback_refuses_before_training(hugging, tmp_path):
         trainer.train()
     assert trainer.state.global_step == 0
 
+    with pytest.raises(
+        TypeError, match="trainer=BertForSequenceClassification: not a transformers"
+    ):
+        ours.ConsolidateCallback(trainer.model)
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="no eval_dataset"):
         ours.ConsolidateCallback(trainer)

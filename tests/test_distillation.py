@@ -176,6 +176,47 @@ def test_a_state_dict_may_have_more_names_than_the_model_and_lack_what_it_does_n
     assert held.weights.keys() == {*start, "places"} - {"more.weight"}
 
 
+def test_of_tied_weights_any_name_will_do():
+    """A safetensors file has but one of them, and not always the first."""
+    model = two_heads().eval()
+    model["more"] = nn.Linear(16, 3)
+    model["more"].weight = model["old"].weight
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    disturb(model)
+    x = torch.randn(4, 6)
+    whole = Distillation(model, old_answers, weights=start)(x).item()
+    assert whole > 1e-3
+    del start["old.weight"]
+    assert Distillation(model, old_answers, weights=start)(x).item() == whole
+    del start["more.weight"], start["old.bias"]
+    with pytest.raises(
+        ValueError, match=r"^weights: lacks 'old\.weight', 'old\.bias' of the model"
+    ):
+        Distillation(model, old_answers, weights=start)
+
+
+class Adapted(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.more = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.more(x)
+
+
+def test_layers_wrapped_later_are_refused_and_added_ones_are_not():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    held = Distillation(model, lambda m, x: m[1](m[0](x)))
+    model.append(nn.Linear(8, 2))
+    assert held(torch.randn(5, 4)).item() == pytest.approx(0.0, abs=1e-6)
+    model[0] = Adapted(model[0])
+    with pytest.raises(
+        ValueError,
+        match=r"model: no longer has '0\.weight', '0\.bias'; build Distillation after .*weights=",
+    ):
+        held(torch.randn(5, 4))
+
+
 def test_a_module_is_the_start_too():
     model = two_heads().eval()
     start = copy.deepcopy(model)
@@ -207,6 +248,30 @@ def test_longer_answers_count_each_place():
     whole = held(tokens)
     parts = [held(tokens[i : i + 1]) for i in range(3)]
     assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
+
+
+def test_masked_classes_count_nothing():
+    def found(fill):
+        torch.manual_seed(0)
+        model, real = nn.Linear(4, 5), torch.tensor([True, True, True, False, False])
+        held = Distillation(model, lambda m, x: m(x).masked_fill(~real, fill))
+        disturb(model)
+        loss = held(torch.randn(8, 4))
+        loss.backward()
+        return loss.item(), model.weight.grad
+
+    loss, gradient = found(float("-inf"))
+    expected, same = found(-1e9)
+    assert loss == expected > 1e-3
+    assert torch.equal(gradient, same)
+
+
+def test_a_mask_without_a_place_gives_zero():
+    model = nn.Linear(4, 5)
+    loss = Distillation(model, lambda m, x: m(x)[:0])(torch.randn(8, 4))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(model.weight.grad, torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize(

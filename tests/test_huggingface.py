@@ -197,6 +197,13 @@ def test_unknown_option_is_refused_before_training(tmp_path):
         optimizer_cls_and_kwargs(arguments(tmp_path), modus="auto")
 
 
+def test_arguments_that_are_not_the_trainers_are_refused():
+    with pytest.raises(
+        TypeError, match=r"args=\{'lr': 1\}: not a transformers\.TrainingArguments; pass"
+    ):
+        optimizer_cls_and_kwargs({"lr": 1})
+
+
 def test_deepspeed_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.deepspeed_plugin = object()
@@ -425,6 +432,25 @@ def test_distillation_is_added_to_the_loss_of_a_step_in_training_alone(tmp_path,
     assert len(asked) == batches
 
 
+@pytest.mark.parametrize(
+    ("asked", "given", "settled"),
+    [(True, None, False), (True, True, True), (True, False, False), (False, None, None)],
+)
+def test_with_distillation_ddp_looks_for_no_unused_weights(tmp_path, asked, given, settled):
+    """It would not find an old head, which answers outside DDP."""
+    args = arguments(tmp_path, ddp_find_unused_parameters=given)
+    distillation = (lambda batch: torch.zeros(())) if asked else None
+    trainer = GapAwareTrainer(tiny_bert(), args, train_dataset=ROWS, distillation=distillation)
+    assert trainer.args.ddp_find_unused_parameters is settled
+    # what the Trainer's accelerator wraps the model with: by default, True
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is (settled is not False)
+
+
+def test_distillation_that_cannot_be_called_is_refused_at_once(tmp_path):
+    with pytest.raises(TypeError, match=r"distillation=3: not callable; .*gapaware\.Distillation"):
+        GapAwareTrainer(tiny_bert(), arguments(tmp_path), distillation=3)
+
+
 def test_mixin_in_front_of_another_trainer(tmp_path):
     class Other(Trainer):
         def compute_loss(self, *args, **kwargs):
@@ -473,7 +499,7 @@ def test_checkpoint_loads_with_weights_only(tmp_path):
 # -- imports -------------------------------------------------------------------------------------
 
 
-def test_two_processes_leave_a_plateau_by_the_mean_of_their_losses(tmp_path):
+def test_two_processes_leave_a_plateau_by_the_mean_of_their_losses_and_hold_an_old_head(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -490,6 +516,9 @@ def test_two_processes_leave_a_plateau_by_the_mean_of_their_losses(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(first.pop("weights"), second.pop("weights"))
+    held, other = first.pop("held"), second.pop("held")
+    assert held.abs().sum() > 0
+    assert torch.equal(held, other)
     # each has batches of its own, and knows the mean loss of both
     assert len(first["loss"]) > 5
     assert first == second

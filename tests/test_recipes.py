@@ -124,6 +124,14 @@ def test_grokking_command_line(tmp_path, capsys):
     assert (tmp_path / "auto-seed1.jsonl").read_text().count("\n") > 3
 
 
+def test_grokking_needs_steps_to_score(tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        escape_grokking.main(["--budget", "5", "--output", str(tmp_path)])
+    assert leaving.value.code == 2
+    assert "--budget 5: the score is taken every 10 steps" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # -- fine-tuning ---------------------------------------------------------------------------------
 
 

@@ -291,8 +291,19 @@ def test_returns_and_faults_are_marked_and_counted():
     ):
         axes = draw([*a_run(4), *between]).axes
         assert [ax.get_title(loc="right") for ax in axes] == [said] + [""] * (len(axes) - 1)
-        dotted = [line for line in axes[-1].get_lines() if line.get_linestyle() == ":"]
-        assert len(dotted) == len(between)
+        marks = [event for marks in axes[-1].collections for event in marks.get_segments()]
+        assert sorted(mark[0, 0] for mark in marks) == [event["step"] for event in between]
+        assert all(mark[:, 1].tolist() == [0, 1] for mark in marks)
+
+
+def test_many_events_are_one_piece_per_panel():
+    """One artist for each took minutes in a run that had diverged."""
+    axes = panels(draw([*a_run(4), *map(fault, range(50, 90))]))["lr"]
+    (marks,) = axes.collections
+    assert len(marks.get_segments()) == 40
+    assert all(mark[:, 1].tolist() == [0, 0.07] for mark in marks.get_segments())
+    without = panels(draw([*a_run(4), snapshot(89)]))["lr"]
+    assert axes.get_xlim() == without.get_xlim()
 
 
 def test_blocks_and_groups_are_told_apart():
@@ -326,6 +337,9 @@ def test_figure_errors_say_what_to_do(tmp_path, monkeypatch):
     for nothing in ([], [[]], [a_run(3), []]):
         with pytest.raises(ValueError, match="no records to draw"):
             write_figure(nothing, tmp_path / "run.png")
+    for what in ("names", "subtitles"):
+        with pytest.raises(ValueError, match=f"{what}: 1 of them for 2 run"):
+            write_figure([a_run(3), a_run(3)], tmp_path / "run.png", **{what: ["a"]})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install gapaware\[plot\]"):
         write_figure(a_run(3), tmp_path / "run.png")
@@ -354,6 +368,13 @@ def test_report_of_several_logs_names_them(tmp_path):
     assert text.startswith(f"{logs[0]}\nsettings    mode auto\n")
     assert f"\n\n{logs[1]}\n" in text
     assert (tmp_path / "both.svg").exists()
+
+
+def test_report_wants_a_list_of_paths(tmp_path):
+    with pytest.raises(TypeError, match=r"paths='run\.jsonl': .*such as \['run\.jsonl'\]"):
+        write_report("run.jsonl")
+    with pytest.raises(TypeError, match="pass a list of paths"):
+        write_report(tmp_path / "run.jsonl")
 
 
 def test_titles_tell_logs_of_one_name_apart():
@@ -398,6 +419,14 @@ def test_command_prints_json_alone(tmp_path, capsys):
         ("step,loss\n", "not a gapaware log; pass a file written through log_to="),
         ("", "has not reached its first snapshot"),
         ('{"gapaware": "0.1.0", "schema": 1}\n', "has not reached its first snapshot"),
+        (
+            '{"gapaware": "0.1.0", "schema": 1, "settings": [1]}\n{"step": 1}\n',
+            "not a gapaware log, a value is of another kind",
+        ),
+        (
+            '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "loss": {"a": 1}}\n',
+            "not a gapaware log, a value is of another kind",
+        ),
     ],
 )
 def test_command_errors_go_to_stderr_with_code_2(tmp_path, capsys, content, message):
