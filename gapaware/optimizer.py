@@ -202,7 +202,7 @@ class GapAware(Evaluating):
         self._push, self._average = Push(), Average(average)
         self._rescue, self._written = Rescue(way_back), Written()
         self._pending = self._returning = None
-        self._entrusted = None
+        self._given, self._entrusted = (), None
         self._metrics = Means()
         self._risk_limit = risk_limit
         self._warned: set[str] = set()
@@ -242,9 +242,14 @@ class GapAware(Evaluating):
         if closure is None and is_dry_run(self.base):
             return self.base.step()
         factors = self._begin()
-        with scaled(self.base, *factors):
-            # some optimizers know of no closure
-            loss: float | None = self.base.step() if closure is None else self.base.step(closure)
+        with scaled(self.base, *factors) as self._given:
+            try:
+                # some optimizers know of no closure
+                loss: float | None = (
+                    self.base.step() if closure is None else self.base.step(closure)
+                )
+            finally:
+                self._given = ()
         self._move(*factors)
         self._finish(loss)
         return loss

@@ -39,14 +39,40 @@ class Scales:
 
 NEUTRAL = Scales()
 
+# optimizers, and their groups with the values that a person has given them
+Given = Sequence[tuple[torch.optim.Optimizer, list[dict[str, Any]]]]
+
+
+@contextmanager
+def as_given(given: Given) -> Iterator[None]:
+    """Put other groups in the place of scaled ones; a step that is under way has those it began with.
+
+    Args:
+        given: from `scaled`.
+    """
+    scaled_ones = [(leaf, leaf.param_groups) for leaf, _ in given]
+    try:
+        for leaf, groups in given:
+            leaf.param_groups = groups
+        yield
+    finally:
+        for leaf, groups in scaled_ones:
+            leaf.param_groups = groups
+
+
+def _given(optimizer: torch.optim.Optimizer) -> Given:
+    return [(leaf, [dict(group) for group in leaf.param_groups]) for leaf in leaves(optimizer)]
+
 
 @contextmanager
 def scaled(
     optimizer: torch.optim.Optimizer,
     by_group: Sequence[Scales],
     by_parameter: Mapping[int, Scales] | None = None,
-) -> Iterator[None]:
+) -> Iterator["Given"]:
     """Scale the hyperparameters of an optimizer's groups and put them back, whatever happens.
+
+    Hands out the groups as they were given, for a checkpoint that is made in the middle of the step.
 
     Neutral groups are not touched at all. Schedulers may overwrite or multiply `group["lr"]` between
     steps and never see a scaled one.
@@ -66,15 +92,17 @@ def scaled(
         0.1
     """
     if by_parameter is not None:
+        given = _given(optimizer)
         with _divided(optimizer, by_parameter):
-            yield
+            yield given
         return
+    given = [] if all(scales.neutral for scales in by_group) else _given(optimizer)
     kept = []
     try:
         groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
         for (leaf, group), scales in zip(groups, by_group, strict=True):
             kept += [(group, *change) for change in _apply(leaf, group, scales)]
-        yield
+        yield given
     finally:
         for group, key, factor, before, during in kept:
             # written during the step, by a hook with a scheduler or the optimizer itself

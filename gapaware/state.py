@@ -16,6 +16,7 @@ from gapaware.observer import Observer
 from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.rescue import Rescue
+from gapaware.scaling import Given, as_given
 from gapaware.sighting import Sighting
 from gapaware.steering import Outcome, Steering
 from gapaware.transfer import Transfer
@@ -53,6 +54,8 @@ class Resumable(Wrapper):
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
+    # the groups without factors, during a step
+    _given: Given
     # a return that waits for the other ranks
     _returning: Outcome | None
     # a state that was restored alone and outlasts a load without one
@@ -91,8 +94,11 @@ class Resumable(Wrapper):
             sighting, metrics = self._pending
             pending = sighting.state_dict()
             pending["metrics"] = arrived(metrics)
+        # a job that is told to end may save in the middle of a step
+        with as_given(self._given):
+            theirs = self.base.state_dict()
         return {
-            **self.base.state_dict(),
+            **theirs,
             "gapaware": {
                 "version": STATE_VERSION,
                 "steps": self._steps,

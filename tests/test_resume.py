@@ -137,6 +137,32 @@ def test_a_plain_checkpoint_begins_anew_whatever_was_before():
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("granularity", ["global", "block"])
+def test_a_checkpoint_in_the_middle_of_a_step_has_the_learning_rate_that_was_given(granularity):
+    """A handler of the signal that ends a job may save at once."""
+    model, optimizer = build("adamw", interval=2, controller=lambda _: 4.0, granularity=granularity)
+    train(model, optimizer, 30)
+    before = optimizer.state_dict()["param_groups"]
+    saved, during = [], []
+
+    def save(*_):
+        saved.append(optimizer.state_dict()["param_groups"])
+        during.append(optimizer.base.param_groups[0]["lr"])
+
+    with optimizer.base.register_step_pre_hook(save), optimizer.base.register_step_post_hook(save):
+        train(model, optimizer, 1)
+    assert saved == [before, before]
+    assert during == [pytest.approx(4 * before[0]["lr"])] * 2
+
+    def fail(*_):
+        raise RuntimeError("an error of the user's")
+
+    with optimizer.base.register_step_pre_hook(fail), pytest.raises(RuntimeError, match="user's"):
+        train(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 1e-5
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 1e-5
+
+
 def test_our_checkpoint_loads_into_plain_adamw():
     model, optimizer = build("adamw", interval=2)
     train(model, optimizer, 40)
