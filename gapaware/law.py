@@ -99,7 +99,8 @@ def drift_law(observation: Observation) -> Decision:
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
-    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there.
+    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there. Where a loss is
+    logged now and then, what it told moves f once, and holds it until the next.
 
     A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
     window at most, where the loss has fallen since (where it is not known: where updates have not
@@ -193,9 +194,7 @@ def _decide(observation: Observation) -> Decision:
     observation = replace(observation, target=observation.target * _pace(observation))
     hurry = told and trend.close and not lengthened and not observation.pull
     coherent = motion.coherence > COHERENT
-    # nor does what the loss told last raise it again and again
-    reach = trial.reach if told else 0.0
-    factor, why = _wanted(observation, motion, trend, reach, hurry=hurry)
+    factor, why = _wanted(observation, motion, trend, trial.reach, hurry=hurry, told=told)
     certain = trend.unmoved and coherent
     limit = _limit(observation, FIRST_STRIDE if certain else STRIDE)
     if lengthened and coherent and (certain or trend.unknown):
@@ -212,7 +211,7 @@ def _decide(observation: Observation) -> Decision:
     # where nothing takes weights back the way down has rules of its own, and under a pull f stays
     small = 1 < observation.scale < SMALL and not (observation.pull or _unbounded(observation))
     slower = SHRINKAGE ** _thirds(observation)
-    if trend.fine and small and slower < factor:
+    if told and trend.fine and small and slower < factor:
         factor, why = slower, "the loss falls well without it, shrink"
     if factor > limit:
         factor, why = limit, "steps as large as the weights allow"
@@ -327,9 +326,18 @@ def _motion(observation: Observation) -> tuple[_Motion | None, str]:
 
 
 def _wanted(
-    observation: Observation, motion: _Motion, trend: Trend, reach: float, *, hurry: bool
+    observation: Observation,
+    motion: _Motion,
+    trend: Trend,
+    reach: float,
+    *,
+    hurry: bool,
+    told: bool,
 ) -> tuple[float, str]:
-    """The factor on f that drift, coherence and loss ask for."""
+    """The factor on f that drift, coherence and loss ask for.
+
+    What the loss `told` moves it once; until the next it only holds.
+    """
     thirds = _thirds(observation)
     factor, why = 1.0, "the window is filling"
     early = motion.drift.pairs >= EARLY_PAIRS and motion.drift.certain > max(
@@ -349,17 +357,17 @@ def _wanted(
         factor, why = 1.0, "little drift under the pull, hold"
     if factor > 1 and motion.a > QUIET:
         factor, why = 1.0, "drift, but the spectrum turns, hold"
-    if _unbounded(observation) and trend.plunges:
+    if told and _unbounded(observation) and trend.plunges:
         if observation.scale > 1:
             return min(factor, BRAKE**thirds), "the loss falls fast, back"
         return min(factor, 1.0), "the loss falls fast, hold"
     room = max(1.0, reach / observation.scale)
     if trend.lifted:
-        leap = 1.0 if observation.pull else min(LEAP**thirds, room)
+        leap = min(LEAP**thirds, room) if told and not observation.pull else 1.0
         return _on_the_first_plateau(trend, leap, factor, why)
-    if trend.rises and observation.scale > 1:
+    if told and trend.rises and observation.scale > 1:
         return min(factor, RETREAT**thirds), "the loss rises, shrink"
-    probes = motion.full and trend.flat and not trend.left and reach > 0
+    probes = told and motion.full and trend.flat and not trend.left
     if probes and factor < PROBING**thirds:
         return min(PROBING**thirds, room), "the loss stands still, grow"
     return factor, why

@@ -1046,7 +1046,7 @@ def test_a_converged_run_is_tried_out_and_left_alone():
 
 
 def test_a_loss_that_is_logged_now_and_then_counts_until_the_next():
-    """What it told last holds and ends a trial, but raises nothing a second time."""
+    """What it told last holds and ends a trial, but moves nothing a second time."""
     well = trend(*np.linspace(3.0, 1.8, 12))
     held = drift_law(observe(updates(0.7), scale=8.0, memory=well))
     assert (held.scale, held.why.endswith("the loss falls well, hold")) == (8.0, True)
@@ -1055,6 +1055,11 @@ def test_a_loss_that_is_logged_now_and_then_counts_until_the_next():
     silent = drift_law(observe(updates(0.0), memory=still))
     assert silent.scale == 1.0
     assert silent.memory["trend"] == still["trend"]
+    # nor does it take anything away a second time
+    rising = trend(*np.linspace(2.0, 3.0, 40))
+    assert drift_law(observe(updates(0.0), scale=4.0, loss=3.0, memory=rising)).scale < 4.0
+    assert drift_law(observe(updates(0.4), scale=4.0, memory=rising)).scale >= 4.0
+    assert drift_law(observe(updates(0.7), scale=2.0, memory=well)).scale == 2.0
     # and what was known when the weights were kept is not forgotten
     begun = drift_law(observe(updates(0.7), memory=still))
     assert begun.keep
