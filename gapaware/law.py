@@ -99,8 +99,8 @@ def drift_law(observation: Observation) -> Decision:
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
-    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there. Where a loss is
-    logged now and then, what it told moves f once, and holds it until the next.
+    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there. Where a loss
+    is logged now and then, what it told moves f once, and holds it until the next.
 
     A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
     window at most, where the loss has fallen since (where it is not known: where updates have not
