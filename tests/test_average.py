@@ -213,9 +213,7 @@ def test_a_sharded_checkpoint_leaves_it_out():
     assert kept(other) == {}
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
-def test_weights_that_are_loaded_stay(evaluating):
-    """As the Trainer loads the best model in the end, whether it has evaluated just before or not."""
+def with_the_best_loaded(evaluating):
     model = network()
     optimizer = averaged(model)
     optimizer.train()
@@ -224,6 +222,13 @@ def test_weights_that_are_loaded_stay(evaluating):
         optimizer.eval()
     best = network(seed=5).state_dict()
     model.load_state_dict(best)
+    return model, optimizer, best
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_weights_that_are_loaded_stay(evaluating):
+    """As the Trainer loads the best model in the end, whether it has evaluated just before or not."""
+    model, optimizer, best = with_the_best_loaded(evaluating)
     optimizer.eval()
     assert equal(model.parameters(), best.values())
     optimizer.train()
@@ -234,14 +239,7 @@ def test_weights_that_are_loaded_stay(evaluating):
 
 @pytest.mark.parametrize("evaluating", [False, True])
 def test_weights_that_are_loaded_and_saved_stay_in_a_run_that_resumes(evaluating):
-    model = network()
-    optimizer = averaged(model)
-    optimizer.train()
-    train(model, optimizer, range(25))
-    if evaluating:
-        optimizer.eval()
-    best = network(seed=5).state_dict()
-    model.load_state_dict(best)
+    model, optimizer, best = with_the_best_loaded(evaluating)
     saved = copy.deepcopy(optimizer.state_dict())
     other = network(seed=1)
     resumed = averaged(other)

@@ -13,6 +13,9 @@ from gapaware import Distillation
 from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer_cls_and_kwargs
 
 
+QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -32,10 +35,7 @@ def change_of_an_old_head(folder: Path) -> torch.Tensor:
         output_dir=str(folder / "held"),
         learning_rate=0.1,
         max_steps=3,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
+        **QUIET,
     )
     data = [{"x": torch.randn(4), "labels": i % 2} for i in range(64)]
     GapAwareTrainer(model, args, train_dataset=data, distillation=held).train()
@@ -53,10 +53,7 @@ def main(folder: Path) -> None:
         lr_scheduler_type="constant",
         max_steps=60,
         per_device_train_batch_size=16,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
+        **QUIET,
     )
     options = optimizer_cls_and_kwargs(args)
     trainer = GapAwareTrainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=options)
