@@ -12,7 +12,6 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from gapaware import Distillation
 from gapaware.huggingface import GapAwareTrainer, gapaware_of, optimizer_cls_and_kwargs
 
-
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
 
