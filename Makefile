@@ -10,9 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m recipes.finetune_minilm
 
 test: lint types
-	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report= $(PYTEST_ARGS)
-	$(BIN)/python -m coverage report
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # the property tests at ten times their size
 test-nightly: $(INSTALLED)
@@ -53,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt recipes/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-third-party build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage runs
+	rm -rf $(VENV) .venv-third-party build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* runs

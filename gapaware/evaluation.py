@@ -1,10 +1,14 @@
 """From the weights that are trained to their average and back, around an evaluation."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
 from gapaware.caution import caution
-from gapaware.places import Written
+from gapaware.distributed import alone
+from gapaware.places import Place
 from gapaware.state import Resumable
 
 
@@ -67,17 +71,24 @@ class Evaluating(Resumable):
 
     def _notice(self) -> None:
         """Let go of copies of what somebody has written since: a best model that was loaded, say."""
-        for place, parameter in self._written.since(self.base.param_groups):
+        if written := self._written.since(self.base.param_groups, self._steps):
+            # a way back goes to these; not where one of several processes may have seen it alone
+            self._rescue = self._rescue.fresh(owed=self._rescue.holds and alone())
+            self._renew(written)
+
+    def _renew(self, written: Iterable[tuple[Place, Tensor]]) -> None:
+        """Begin anew with what follows the weights of these parameters, which no step has moved."""
+        for place, parameter in written:
             self._push.renew(place, parameter)
             self._average.renew(place, parameter)
-            self._rescue.forget()
+        self._note()
 
     def _note(self) -> None:
         """What is written from now on is written by others."""
         if self._copies():
             self._written.note(self.base.param_groups)
         else:
-            self._written = Written()
+            self._written.forget()
 
     def _train_after_all(self) -> None:
         if self._average.exchanged and "train" not in self._warned:

@@ -25,7 +25,7 @@ from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer, RankFault
-from gapaware.places import Written
+from gapaware.places import places
 from gapaware.push import Push
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture
@@ -34,6 +34,7 @@ from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
 from gapaware.sighting import Sighting
 from gapaware.steering import ControllerFault, Outcome, Steering
+from gapaware.written import Written
 
 
 class GapAware(Evaluating):
@@ -394,7 +395,7 @@ class GapAware(Evaluating):
         back_to = None
         if goes:
             back_to = self._rescue.put_back(self.base)
-            self._notice()
+            self._renew(places(self.base.param_groups))
             self._observer.restart()
             outcome = replace(outcome, why=f"{outcome.why} to the weights of step {back_to}")
         if outcome.keep and self._returning is None and (shared or alone()):

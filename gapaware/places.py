@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from gapaware.distributed import local
 from gapaware.scaling import NEUTRAL, Scales
 
 Groups = Sequence[dict[str, Any]]
@@ -34,48 +33,6 @@ def scaled_places(
             yield place, parameter, by_parameter.get(id(parameter), NEUTRAL)
         else:
             yield place, parameter, by_group[place[0]] if place[0] < len(by_group) else NEUTRAL
-
-
-class Written:
-    """Tells which parameters somebody has written since a moment: a best model that was loaded, say.
-
-    What changes values behind the back of autograd, as `parameter.data.copy_` does, is not seen. A copy of
-    this knows of nothing.
-
-    Example:
-        >>> import torch
-        >>> groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
-        >>> written = Written()
-        >>> written.note(groups)
-        >>> _ = torch.nn.init.ones_(groups[0]["params"][0])
-        >>> [place for place, _ in written.since(groups)]
-        [(0, 0)]
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Place, tuple[int, ...]] = {}
-
-    def note(self, groups: Groups) -> None:
-        """From this moment on."""
-        self._seen = {place: _stamp(parameter) for place, parameter in places(groups)}
-
-    def since(self, groups: Groups) -> list[tuple[Place, Tensor]]:
-        """The parameters that were written; none where no moment is known."""
-        return [
-            (place, parameter)
-            for place, parameter in (places(groups) if self._seen else ())
-            if self._seen.get(place, ()) not in ((), _stamp(parameter))
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": {}}  # the parameters of a copy count anew
-
-
-def _stamp(parameter: Tensor) -> tuple[int, ...]:
-    here = local(parameter.detach())
-    # others may have no storage of their own
-    where = here.data_ptr() if type(here) is Tensor else 0
-    return parameter._version, here._version, where
 
 
 def to_state(weights: Mapping[Place, Tensor]) -> dict[str, Tensor]:

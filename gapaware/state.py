@@ -13,7 +13,6 @@ from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
-from gapaware.places import Written
 from gapaware.push import Push
 from gapaware.rescue import Rescue
 from gapaware.scaling import Given, as_given
@@ -21,6 +20,7 @@ from gapaware.sighting import Sighting
 from gapaware.steering import Outcome, Steering
 from gapaware.transfer import Transfer
 from gapaware.wrapper import Wrapper
+from gapaware.written import Written
 
 STATE_VERSION = 1
 

@@ -237,6 +237,20 @@ def test_weights_that_are_loaded_stay(evaluating):
     assert optimizer.history.column("decision").count("fault") == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_for_an_evaluation_goes_on_with_what_was_trained(dtype):
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    train(model, optimizer, range(25))
+    trained = weights(model)
+    optimizer.eval()
+    assert not equal(model.parameters(), trained)
+    model.to(dtype).to(torch.float32)
+    optimizer.train()
+    assert equal(model.parameters(), trained)
+
+
 @pytest.mark.parametrize("evaluating", [False, True])
 def test_weights_that_are_loaded_and_saved_stay_in_a_run_that_resumes(evaluating):
     model, optimizer, best = with_the_best_loaded(evaluating)

@@ -217,16 +217,55 @@ def test_nothing_is_pushed_after_a_loss():
     assert max(pushes[lost + 1 :]) == 0.0
 
 
-def test_weights_that_others_load_are_not_overwritten():
-    """A best model that is loaded in mid-run is no place to go back from."""
+def running_with_a_copy(steps=20):
+    """The copy is of step 2, and whoever asks goes back to it three steps on."""
     weights, loss_of = problem()
-    base = torch.optim.SGD([weights], lr=1e-3)
-    optimizer = GapAware(base, controller=lambda _: Decision(2.0, keep=True), interval=1)
-    train(optimizer, loss_of, 20)
+    asked = []
+
+    def once(observation):
+        return Decision(2.0, keep=not observation.kept, back=bool(asked) and bool(asked.pop()))
+
+    optimizer = GapAware(torch.optim.SGD([weights], lr=1e-3), controller=once, interval=1)
+    train(optimizer, loss_of, steps)
     assert optimizer._rescue.holds
+
+    def back_to():
+        asked.append(True)
+        train(optimizer, loss_of, 1)
+        return optimizer.history[-1]["back_to"]
+
+    return weights, loss_of, optimizer, back_to
+
+
+def test_weights_that_others_load_are_what_a_run_goes_back_to():
+    """Not those of before: a best model that is loaded in mid-run is where it begins anew."""
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
     torch.nn.init.constant_(weights, 7.0)
-    optimizer._begin()
-    assert not optimizer._rescue.holds
+    train(optimizer, loss_of, 5)
+    assert back_to() == 20
+    assert torch.equal(weights, torch.full((8,), 7.0))
+
+
+def test_an_average_that_is_swapped_in_and_out_leaves_the_copy():
+    """As people evaluate an average of their own, at every other step, say."""
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    for _ in range(3):
+        trained = weights.detach().clone()
+        torch.nn.init.constant_(weights, 7.0)
+        with torch.no_grad():
+            weights.copy_(trained)
+        train(optimizer, loss_of, 2)
+    assert back_to() < 20
+
+
+def test_who_writes_after_each_step_takes_part_in_training():
+    """A largest norm: its first write makes a new copy, which is then left alone."""
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    for _ in range(6):
+        with torch.no_grad():
+            weights.mul_(0.99)
+        train(optimizer, loss_of, 1)
+    assert back_to() == 20
 
 
 def test_not_what_a_jump_has_left_of_a_factor_is_blamed():
