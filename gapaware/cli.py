@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # whoever reads, such as `head`, has enough; what is left to flush at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # what no optimizer writes: a log that somebody edited
-    except (AttributeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, TypeError) as error:
         logs = ", ".join(map(str, arguments.logs))
         print(
             f"gapaware: {logs}: not a gapaware log, a value is of another kind ({error}); pass a file "

@@ -59,8 +59,8 @@ class Observation:
         momentum_memory: optimizer steps after which its momentum has forgotten a gradient.
         weight_norm: ‖θ‖ of this row's parameters at the snapshot; infinite where it is not known.
         loss: mean of the losses that were logged since the snapshot before, or None: see `GapAware.log`.
-        earlier_losses: such means of the snapshots just before, where there were too few updates to decide
-            anything: the oldest first.
+        earlier_losses: such means of up to a dozen snapshots before, where there were too few updates to
+            decide anything: the oldest first.
         kept: whether there is a copy of the weights to go back to; never where rows decide apart.
         memory: `Decision.memory` of the last call, {} at first.
     """

@@ -44,21 +44,24 @@ class Evaluating(Resumable):
         self._switch("train")
 
     def _switch(self, to: str) -> None:
+        if self._me is not self:
+            self._me._switch(to)
+            return
+        with self._guarded("weights that others wrote"):
+            self._notice()
         theirs = [own for leaf in self.leaves() if callable(own := getattr(leaf, to, None))]
         for switch in theirs:
             switch()
-        if theirs:
-            return
         with self._guarded("the average of the weights"):
-            self._notice()
             try:
-                getattr(self._average, to)(self.base.param_groups)
+                if not theirs:
+                    getattr(self._average, to)(self.base.param_groups)
             finally:
                 self._note()
 
     def _save(self) -> dict[str, Any]:
         # or a run that resumes from here would take what others have written for a step of its own
-        self._notice()
+        self._me._notice()
         return super()._save()
 
     def __getstate__(self) -> dict[str, Any]:

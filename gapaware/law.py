@@ -90,9 +90,9 @@ def drift_law(observation: Observation) -> Decision:
         f · retreat^n at most                   where the loss rises
         f                                       otherwise
 
-    Where the loss falls well, by a quarter in the last dozen snapshots or at that pace in fewer, training
-    is fine: f does not grow, and one below 5, which is hardly what makes it fall, shrinks, unless there is
-    a pull. Nor does f grow once the schedule has come down by a quarter of its peak. c* is for a momentum
+    Where the loss falls well, by a quarter in the last dozen snapshots or at that pace in fewer, and there
+    is no pull, training is fine: f does not grow, and one below 5, which is hardly what makes it fall,
+    shrinks. Nor does f grow once the schedule has come down by a quarter of its peak. c* is for a momentum
     such as AdamW's; with one that makes updates twice as long it is twice as large, since noise adds up
     more slowly than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss stands
     still: who takes that care has chosen the learning rate with some.
@@ -206,7 +206,8 @@ def _decide(observation: Observation) -> Decision:
         factor, why = 1.0, "too little drift for one who warms up, hold"
     if factor > 1 and observation.lrs[-1] < COOLING * peak:
         factor, why = 1.0, "the schedule comes down, hold"
-    if trend.fine and factor > 1:
+    # under a pull all is fine from the first step on, and a learning rate that is too small stays so
+    if trend.fine and factor > 1 and not observation.pull:
         factor, why = 1.0, "the loss falls well, hold"
     # where nothing takes weights back the way down has rules of its own, and under a pull f stays
     small = 1 < observation.scale < SMALL and not (observation.pull or _unbounded(observation))

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ GRANULARITIES = ("global", "group", "block")
 # of a row. Each costs a look at the accumulator of its sketch, and more of them foretell nothing more
 MOST_BLOCKS = 8
 
-# name of the first unit, number of parameters, numbers in them, place of the first in the row
-BlockSignature = tuple[str, int, int, int]
+# name, number of parameters, numbers in them, and which of the group's parameters they are
+RowSignature = tuple[str, int, int, str]
+# name of the first unit, number of parameters, numbers in them, place of the first in the row, and which
+BlockSignature = tuple[str, int, int, int, str]
+# which they are, in a state that does not say
+UNTOLD = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Row:
         parameters: the trainable parameters, in the group's order.
         sizes: number of real numbers in each of them, over all ranks.
         units: the layer of each parameter, or where the group has no names the tensor.
+        members: index of each in the group: another adapter of the same shape is something else.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Row:
     parameters: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     units: tuple[str, ...]
+    members: tuple[int, ...] = ()
 
     @cached_property
     def size(self) -> int:
@@ -64,7 +71,7 @@ class Row:
 
     @cached_property
     def _divided(self) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
-        return _divided(self.group, self.sizes, self.units)
+        return _divided(self.group, self.sizes, self.units, self.members)
 
     def pieces(self, device: torch.device, sharing: Sharing) -> Iterator[tuple[Tensor, int]]:
         """What this rank adds to the row's sketch, without copying more than a block at a time.
@@ -82,9 +89,9 @@ class Row:
                 yield from local_pieces(parameter, place)
             place += size
 
-    def signature(self) -> tuple[str, int, int]:
+    def signature(self) -> RowSignature:
         """What has to stay the same for two sketches of the row to be comparable."""
-        return (self.name, len(self.parameters), self.size)
+        return (self.name, len(self.parameters), self.size, _digest(self.members))
 
 
 def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
@@ -115,8 +122,24 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
             name = f"{group_name(number)}: {unit}" if unit else group_name(number)
             parameters = tuple([everything[index] for index in members])
             sizes = tuple(map(real_size, parameters))
-            result.append(Row(name, number, parameters, sizes, tuple([units[i] for i in members])))
+            of_each = tuple([units[i] for i in members])
+            result.append(Row(name, number, parameters, sizes, of_each, tuple(members)))
     return result
+
+
+def agree(saved: Sequence[tuple[Any, ...]], now: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether signatures are the same, as far as those from a state tell which parameters they are of.
+
+    Example:
+        >>> agree([("group 0", 2, 8, UNTOLD)], [("group 0", 2, 8, "a7")])
+        True
+        >>> agree([("group 0", 2, 8, "5c")], [("group 0", 2, 8, "a7")])
+        False
+    """
+    return len(saved) == len(now) and all(
+        one[:-1] == other[:-1] and one[-1] in (UNTOLD, other[-1])
+        for one, other in zip(saved, now, strict=True)
+    )
 
 
 def group_name(number: int) -> str:
@@ -141,8 +164,14 @@ def _units(names: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
+def _digest(members: tuple[int, ...]) -> str:
+    """Indices in a few letters: a state has one for each row and block."""
+    return blake2b(repr(members).encode(), digest_size=8).hexdigest()
+
+
+@lru_cache(maxsize=1024)
 def _divided(
-    group: int, sizes: tuple[int, ...], units: tuple[str, ...]
+    group: int, sizes: tuple[int, ...], units: tuple[str, ...], members: tuple[int, ...]
 ) -> tuple[tuple[Stretch, ...], tuple[BlockSignature, ...]]:
     """The stretches and the blocks of a row."""
     size_of: dict[str, int] = {}
@@ -150,18 +179,23 @@ def _divided(
         size_of[unit] = size_of.get(unit, 0) + size
     number_of = dict(zip(size_of, parts(tuple(size_of.values()), MOST_BLOCKS), strict=True))
     stretches: list[Stretch] = []
-    blocks: dict[int, BlockSignature] = {}
+    blocks: dict[int, tuple[str, int, int]] = {}
+    of_block: dict[int, list[int]] = {}
     place = 0
-    for size, unit in zip(sizes, units, strict=True):
+    for member, size, unit in zip(members, sizes, units, strict=True):
         number = number_of[unit]
-        new = (f"{group_name(group)}: {unit}", 0, 0, place)
-        name, count, so_far, first = blocks.get(number, new)
-        blocks[number] = (name, count + 1, so_far + size, first)
+        name, so_far, first = blocks.get(number, (f"{group_name(group)}: {unit}", 0, place))
+        blocks[number] = (name, so_far + size, first)
+        of_block.setdefault(number, []).append(member)
         place += size
         if stretches and stretches[-1][1] == number:
             stretches.pop()
         stretches.append((place, number))
-    return tuple(stretches), tuple(blocks.values())
+    signatures = [
+        (name, len(of_block[number]), so_far, first, _digest(tuple(of_block[number])))
+        for number, (name, so_far, first) in blocks.items()
+    ]
+    return tuple(stretches), tuple(signatures)
 
 
 def parts(sizes: Sequence[int], most: int) -> list[int]:

@@ -25,7 +25,8 @@ class LogFile:
     """JSON lines on disk; a failure turns it off with one warning and never raises."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.abspath(path))  # the file is opened later, perhaps after a chdir
+        # the file is opened later, perhaps after a chdir
+        self.path = Path(os.path.abspath(os.path.expanduser(path)))
         self._stream: FileIO | None = None
         self._resume_after: float | None = None
         self._failed = False

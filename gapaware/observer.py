@@ -48,7 +48,8 @@ class Observer:
 
     FSDP2 and accelerate swap parameters under the optimizer, so they are looked up at each call, and what
     the sketch keeps of where they lie goes as soon as one has moved. When the set of trainable parameters
-    changes the window starts anew.
+    changes the window starts anew, also where another adapter of the same shape takes a turn. That is told
+    by places in the groups, which are the same on all ranks.
 
     Where parameters are sharded, every rank calls `start` and `look` at the same steps, and each call adds
     the ranks' sketches up once, even when a rank could not compute its own: it then adds NaN, and all ranks
@@ -89,7 +90,7 @@ class Observer:
         self._said: Said | None = None
         self._trouble = ""
         self._spoilt = False
-        self._signature: list[tuple[str, int, int]] = []
+        self._signature: list[layout.RowSignature] = []
         self._row_groups: list[int] = []
         self._last: Tensor | None = None
         self._window: Window | None = None
@@ -104,12 +105,17 @@ class Observer:
     @property
     def names(self) -> list[str]:
         """The name of each row, as of the last snapshot."""
-        return [name for name, _, _ in self._signature]
+        return [name for name, *_ in self._signature]
 
     @property
     def row_groups(self) -> list[int]:
         """The parameter group of each row, as of the last snapshot."""
         return self._row_groups
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a window has begun, and no step was made since."""
+        return self._window is not None and not self._conditions and self._span == 0
 
     def spoil(self, error: Exception) -> None:
         """Let a fault on this rank alone become one that every rank finds in the next snapshot."""
@@ -133,8 +139,8 @@ class Observer:
 
         Args:
             optimizer: the wrapped one.
-            begins: training begins here, too. Otherwise the rows that were there keep their start, others
-                begin here, and where no start is known there will be none.
+            begins: training begins here, too. Otherwise the blocks that were there keep their start, others
+                have none, and where no start is known there will be none.
 
         Raises:
             Unsupported: see `distributed.refuse`.
@@ -142,7 +148,7 @@ class Observer:
         refuse(optimizer)
         rows = layout.rows(optimizer.param_groups, self._granularity)
         if begins:
-            self._start = Start((), (), torch.empty(0, dtype=self._dtype(), device="cpu"))
+            self._start = None
         if not rows:
             return
         self._take_sketch(self._dim(rows))
@@ -155,9 +161,11 @@ class Observer:
         self._last, shares = self._snapshot(rows)
         self._spoilt = False
         dim = self._last.shape[1]
-        if self._start is not None:
-            blocks = _blocks(rows)
-            self._start = self._start.followed(blocks, self._widths(blocks), shares)
+        blocks = _blocks(rows)
+        if begins:
+            self._start = Start(blocks, self._widths(blocks), shares.to(self._dtype(), copy=True))
+        elif self._start is not None:
+            self._start = self._start.followed(blocks, self._widths(blocks), shares.device)
         self._window = Window(self._size, len(rows), dim, self._last.device, self._dtype())
         self._begin_update(len(rows))
 
@@ -221,9 +229,7 @@ class Observer:
             What was seen, or None when the window (re)started here.
         """
         rows = layout.rows(optimizer.param_groups, self._granularity)
-        same = [row.signature() for row in rows] == self._signature
-        same = same and (self._start is None or self._start.blocks == _blocks(rows))
-        if self._window is None or not same:
+        if self._window is None or not self._has_seen(rows):
             self.start(optimizer, begins=False)
             return None
         assert self._last is not None
@@ -256,6 +262,19 @@ class Observer:
             said=self._said,
         )
 
+    def _has_seen(self, rows: Sequence[layout.Row]) -> bool:
+        """Whether these are the rows and blocks that were seen before."""
+        signature, blocks = [row.signature() for row in rows], _blocks(rows)
+        start = self._start
+        if not layout.agree(self._signature, signature):
+            return False
+        if start is not None and not layout.agree(start.blocks, blocks):
+            return False
+        # a state that was loaded may not say which parameters it is of
+        self._signature = signature
+        self._start = None if start is None else start.told(blocks)
+        return True
+
     def _risk(
         self, rows: Sequence[layout.Row], shares: Tensor, groups: Sequence[dict[str, Any]]
     ) -> Transfer | None:
@@ -269,7 +288,7 @@ class Observer:
     def _widths(self, blocks: Iterable[layout.BlockSignature]) -> tuple[int, ...]:
         """How many numbers there are of each block."""
         exact = self.settings["sketch_dim"] is None
-        return tuple(size if exact else WIDTH for _, _, size, _ in blocks)
+        return tuple(size if exact else WIDTH for _, _, size, *_ in blocks)
 
     def _dim(self, rows: Sequence[layout.Row]) -> int:
         """Numbers in the sketch of each of these rows.
@@ -345,7 +364,8 @@ class Observer:
         """Everything that the next snapshots depend on, as tensors, numbers and lists."""
         return {
             "settings": dict(self.settings),
-            "signature": [list(entry) for entry in self._signature],
+            "signature": [list(entry[:-1]) for entry in self._signature],
+            "members": [entry[-1] for entry in self._signature],
             "row_groups": list(self._row_groups),
             "last": None if self._last is None else self._last.clone(),
             "start": None if self._start is None else self._start.state_dict(),
@@ -361,7 +381,12 @@ class Observer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.restart()
-        self._signature = [(str(n), int(c), int(s)) for n, c, s in state["signature"]]
+        # until 0.1.0 it did not say
+        members = state.get("members", [layout.UNTOLD] * len(state["signature"]))
+        self._signature = [
+            (str(name), int(count), int(size), str(which))
+            for (name, count, size), which in zip(state["signature"], members, strict=True)
+        ]
         self._row_groups = [int(group) for group in state["row_groups"]]
         self._rates = [None if rate is None else float(rate) for rate in state["rates"]]
         self._lr_sums = [float(total) for total in state["lr_sums"]]
@@ -392,7 +417,7 @@ class Observer:
             fits = fits and rows == len(self._conditions) == 0
         else:
             dim = self._last.shape[1]
-            longest = max((s for _, _, s in self._signature), default=0)
+            longest = max((size for _, _, size, _ in self._signature), default=0)
             fits = fits and self._last.shape[0] == rows
             fits = fits and self._window.shape == (size, rows, dim)
             fits = fits and dim <= (self.settings["sketch_dim"] or longest)

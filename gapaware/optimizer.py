@@ -85,12 +85,12 @@ class GapAware(Evaluating):
         anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. Both only where
             there is an anchor.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
-            (with `named_parameters()`) or tensor.
+            (with `named_parameters()`) or tensor, where `base` is one of torch's.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
         risk_limit: warn once when the risk of forgetting passes it, `history[-1]["risk"]`: the squared
             distance from the weights at the first step relative to them, ‖θ − θ_0‖²/‖θ_0‖², the mean over
             layers (with `named_parameters()`) or tensors. Groups with `"anchor": False`, such as a new
-            head, are left out.
+            head, are left out, and so is what begins to train in mid-run.
             What is too far depends on the task: find the limit on runs of which you know what they forgot.
             None for no warning.
         log_to: a file that gets one line of JSON for each snapshot; `gapaware report` reads it.
@@ -110,6 +110,7 @@ class GapAware(Evaluating):
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what to pass.
+        Unsupported: DeepSpeed ZeRO, FSDP1, `ZeroRedundancyOptimizer`; in a step a CUDA graph.
 
     Example:
         A learning rate that is much too small:
@@ -230,25 +231,26 @@ class GapAware(Evaluating):
     # -- one step ---------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> float | None:
         """Perform one step of the wrapped optimizer, with the factors in force.
 
         Args:
             closure: re-evaluates the model and returns the loss, as for any torch optimizer.
+            kwargs: what else the wrapped optimizer's step takes, such as the `hessian` of SophiaH.
 
         Returns:
             What the wrapped optimizer returns: the closure's loss, or None.
         """
         refuse_capture()
         if closure is None and is_dry_run(self.base):
-            return self.base.step()
+            loss: float | None = self.base.step(**kwargs)
+            return loss
         factors = self._begin()
         with scaled(self.base, *factors) as self._given:
             try:
                 # some optimizers know of no closure
-                loss: float | None = (
-                    self.base.step() if closure is None else self.base.step(closure)
-                )
+                given = () if closure is None else (closure,)
+                loss = self.base.step(*given, **kwargs)
             finally:
                 self._given = ()
         self._move(*factors)
@@ -311,6 +313,9 @@ class GapAware(Evaluating):
             groups = self.base.param_groups
             self._push(groups, by_group, by_parameter, shared=self._is_shared)
         with self._guarded("the average of the weights"):
+            # what others write after each step, such as a constraint, an average would not have
+            if self._written.takes_part(self._steps):
+                by_group, by_parameter = [], None
             self._average.follow(self.base.param_groups, by_group, by_parameter)
         with self._guarded("weights that others write"):
             self._note()
@@ -363,6 +368,12 @@ class GapAware(Evaluating):
         )
         if sighting is not None:
             self._pending = (sighting, self._metrics.take())
+        elif self._observer.begins_anew:
+            if changed := self._steering.restarted(self._steps):
+                self.history.append(fault_record(self._steps, self._interval, "") | changed)
+            if self._steering.restarts > 2:
+                # no factor was on it for a while, and none has spoilt what came since the copy
+                self._rescue.forget()
 
     def _is_idle(self) -> bool:
         """Whether nothing can move; a learning rate that the host would have to wait for may be any."""
@@ -455,6 +466,9 @@ class GapAware(Evaluating):
         updates, does not touch a factor under which the loss falls, and takes it down where it rises. A
         closure's loss is attached by itself, as is that of a `GapAwareTrainer`. Tensors are read a snapshot
         later, so that a GPU does not have to wait.
+
+        Raises:
+            TypeError, ValueError: a value is no number, or a tensor of several.
 
         Example:
             >>> optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))

@@ -6,6 +6,7 @@ import torch
 
 from gapaware.delegation import is_number, leaves
 from gapaware.distributed import Unsupported, refuse
+from gapaware.rescue import inner
 
 
 def refuse_capture() -> None:
@@ -30,7 +31,7 @@ def refuse_base(base: Any, granularity: str) -> None:
 
     Raises:
         TypeError: it is no optimizer, or wrapped already.
-        ValueError: it has no lr to scale, is differentiable, or cannot be divided into blocks.
+        ValueError: it has no lr to scale, is differentiable, or takes no factors that differ.
         Unsupported: it hides where its parameters' elements belong.
     """
     if type(base).__module__.startswith("deepspeed.runtime"):
@@ -60,13 +61,30 @@ def refuse_base(base: Any, granularity: str) -> None:
                 f"base={type(base).__name__}: differentiable=True differentiates through the learning "
                 "rate, which GapAware replaces while it steps; pass differentiable=False"
             )
-    for leaf in leaves(base) if granularity == "block" else ():
-        if isinstance(leaf, torch.optim.LBFGS) or _holds_an_optimizer(leaf):
-            raise ValueError(
-                f"granularity='block': {type(leaf).__name__} cannot have its parameter groups divided "
-                "into blocks for a step; pass granularity='group'"
-            )
+    for leaf in leaves(base):
+        _refuse_factors(leaf, granularity)
 
 
-def _holds_an_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    return any(isinstance(held, torch.optim.Optimizer) for held in vars(optimizer).values())
+def _refuse_factors(leaf: torch.optim.Optimizer, granularity: str) -> None:
+    """Reject factors that differ where an optimizer looks at its parameter groups together."""
+    name, foreign = type(leaf).__name__, not _steps_as_torch(leaf)
+    # as Prodigy and D-Adaptation call their estimate, which is one for all groups; Adafactor of torch.optim
+    # has another `d`
+    adapts = foreign and any("d" in group for group in leaf.param_groups)
+    if granularity != "global" and adapts and len(leaf.param_groups) > 1:
+        raise ValueError(
+            f"granularity={granularity!r}: {name} estimates one step size for all its parameter groups, "
+            "which cannot have factors that differ; pass granularity='global'"
+        )
+    if granularity == "block" and (foreign or isinstance(leaf, torch.optim.LBFGS) or inner(leaf)):
+        raise ValueError(
+            f"granularity='block': {name} would have its parameter groups divided into blocks for a step, "
+            "which only optimizers of torch.optim, and not LBFGS, are known to take; "
+            "pass granularity='group' or 'global'"
+        )
+
+
+def _steps_as_torch(leaf: torch.optim.Optimizer) -> bool:
+    """Whether its step is that of a class in torch.optim, which treats each parameter group by itself."""
+    # torch wraps the step of each class, and the wrapper names the module that the step is from
+    return str(getattr(type(leaf).step, "__module__", "")).startswith("torch.optim.")

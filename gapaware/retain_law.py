@@ -26,9 +26,14 @@ def retain_law(observation: Observation) -> Decision:
     pull, which it sees in the updates of the wrapped optimizer alone, and chooses when to look again. The
     first pull lasts until there is a spectrum, which is sooner then.
     """
-    pull = 1 / (1 / FIRST_PULL + observation.target * observation.step)
+    pull = pull_at(observation.target, observation.step)
     why = f"pull {pull:.2g} towards the start"
     if observation.max_scale <= 1:
         return Decision(1.0, why, pull=pull)
     growth = drift_law(replace(observation, target=DRIFT_TARGET))
     return replace(growth, why=f"{why}; {growth.why}", pull=pull)
+
+
+def pull_at(target: float, step: int) -> float:
+    """The pull ρ after this many optimizer steps, which takes no window to know."""
+    return 1 / (1 / FIRST_PULL + target * step)

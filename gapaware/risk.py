@@ -4,17 +4,20 @@ The risk is ‖θ − θ_0‖²/‖θ_0‖², the squared distance from the star
 the blocks: layers or tensors, neighbours of them together where a row has many (see `layout.py`). Their
 short sketches (see `blocks.py`) are linear, so the difference of two tells it; what it says about
 forgetting is measured in benchmarks/risk.py.
+
+What began in mid-run, or lies elsewhere in its row since other parameters are trained, is left out: it is
+first seen some steps later, and what began at zero, such as a new head, is then far from there for ever.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gapaware.layout import BlockSignature
+from gapaware.layout import UNTOLD, BlockSignature
 from gapaware.transfer import send
 
 
@@ -26,10 +29,10 @@ class Start:
         blocks: what each block is, see `layout.Row.blocks`.
         widths: how many numbers there are of each.
         shares: the numbers, one block after another, (sum of widths,), in the precision in which they are
-            kept: that of float32 adds about 1e-15 to a risk.
+            kept: that of float32 adds about 1e-15 to a risk. Zeros where the start is not known.
 
     Example:
-        >>> blocks, theta = (("group 0: 0", 1, 2, 0),), torch.tensor([3.0, 4.0], dtype=torch.float64)
+        >>> blocks, theta = (("group 0: 0", 1, 2, 0, "a7"),), torch.tensor([3.0, 4.0]).double()
         >>> start = Start(blocks, (2,), theta)
         >>> start.risk(theta + 0.5, counted=[True])
         tensor(0.0200, dtype=torch.float64)
@@ -42,16 +45,20 @@ class Start:
     _known: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def followed(
-        self, blocks: Sequence[BlockSignature], widths: Sequence[int], now: Tensor
+        self, blocks: Sequence[BlockSignature], widths: Sequence[int], device: torch.device
     ) -> "Start":
-        """The start of other blocks: those that were there before keep theirs, all others begin here."""
-        before = send(self.shares, now.device).split(self.widths)
+        """The start of other blocks: those that were there before keep theirs, others have none."""
+        before = send(self.shares, device).split(self.widths)
         known = dict(zip(self.blocks, before, strict=True))
-        begun = [
-            known.get(block, here)
-            for block, here in zip(blocks, now.to(self.shares.dtype).split(widths), strict=True)
-        ]
-        return Start(tuple(blocks), tuple(widths), torch.cat(begun))
+        starts = []
+        for block, width in zip(blocks, widths, strict=True):
+            found = known.get(block, known.get((*block[:-1], UNTOLD)))
+            starts.append(self.shares.new_zeros(width, device=device) if found is None else found)
+        return Start(tuple(blocks), tuple(widths), torch.cat(starts))
+
+    def told(self, blocks: tuple[BlockSignature, ...]) -> "Start":
+        """The same of blocks that agree with those of it, and tell which parameters they are of."""
+        return self if blocks == self.blocks else replace(self, blocks=blocks)
 
     def risk(self, now: Tensor, counted: Sequence[bool]) -> Tensor | None:
         """‖θ − θ_0‖²/‖θ_0‖² of each block that counts, and of these the mean.
@@ -62,7 +69,8 @@ class Start:
 
         Returns:
             A number in float64 on the same device, not finite where the start is not. A block that started
-            at zero is left out as a new head is; NaN where there is no other. None where no block counts.
+            at zero is left out as a new head is, and so is one that began in mid-run; NaN where there is no
+            other. None where no block counts.
         """
         if not any(counted):
             return None
@@ -92,8 +100,9 @@ class Start:
 
     def state_dict(self) -> dict[str, Any]:
         """The start as lists and a tensor."""
-        blocks = [list(block) for block in self.blocks]
-        return {"blocks": blocks, "shares": self.shares.clone()}
+        blocks = [list(block[:-1]) for block in self.blocks]
+        members = [block[-1] for block in self.blocks]
+        return {"blocks": blocks, "members": members, "shares": self.shares.clone()}
 
     @classmethod
     def from_state_dict(
@@ -105,7 +114,10 @@ class Start:
         """The start that `state_dict` described, of blocks of these widths, kept in `dtype`."""
         if "blocks" not in state:
             raise ValueError("it holds the start of rows, where this gapaware keeps that of blocks")
+        # until 0.1.0 it did not say
+        members = state.get("members", [UNTOLD] * len(state["blocks"]))
         blocks = tuple(
-            (str(name), int(n), int(size), int(at)) for name, n, size, at in state["blocks"]
+            (str(name), int(n), int(size), int(at), str(which))
+            for (name, n, size, at), which in zip(state["blocks"], members, strict=True)
         )
         return cls(blocks, widths(blocks), state["shares"].to(dtype, copy=True))

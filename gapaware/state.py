@@ -85,8 +85,9 @@ class Resumable(Wrapper):
         Raises:
             ValueError: the state cannot be read; nothing was changed.
         """
-        self.__dict__.update(self._restored(own))
-        self._entrusted = own
+        me = self._me
+        me.__dict__.update(me._restored(own))
+        me._entrusted = own
 
     def _save(self) -> dict[str, Any]:
         pending = None
@@ -120,6 +121,9 @@ class Resumable(Wrapper):
         }
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        if self._me is not self:
+            self._me._load(state_dict)
+            return
         theirs = {key: value for key, value in state_dict.items() if key != "gapaware"}
         ours = state_dict.get("gapaware", self._entrusted)
         restored = None if ours is None else self._restored(ours)

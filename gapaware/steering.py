@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from gapaware.controller import Controller, Decision, Observation, action, as_decision, plain
+from gapaware.retain_law import pull_at, retain_law
 from gapaware.scaling import NEUTRAL, Scales
 from gapaware.sighting import Sighting
 from gapaware.spectrum import Array, Spectrum, spectrum
+from gapaware.trend import RECENT
 from gapaware.window import DECAY, UPDATE
 
 
@@ -53,6 +55,10 @@ class Steering:
         target: what the built-in laws steer to.
         window: W.
         together: one factor for the whole model instead of one for each row.
+
+    Attributes:
+        restarts: of the window since there was last something to decide on; from the second on no factor is
+            in force, see `restarted`.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Steering:
         self._may_push = True
         self._survived = inf
         self._largest = 1.0
+        self.restarts = 0
         self._losses: tuple[float, ...] = ()
         self._scales: dict[str, Scales] = {}
         self._memory: dict[str, Mapping[str, Any]] = {}
@@ -105,6 +112,42 @@ class Steering:
         if shared or not keep_memory:
             self._memory = {}
         self._undecided = NEUTRAL
+
+    def restarted(self, step: int) -> dict[str, Any] | None:
+        """Note that the window began anew, as it does where other parameters train from now on.
+
+        Where they train in turn it may do so again and again before there is anything to decide on, and a
+        factor of before would stay for ever. So the second time in a row all factors come off, until the
+        controller sets one again; it remembers what it did, which no fault of its own has spoilt. The pull
+        of `retain_law` gives way as it would have, which takes no window.
+
+        Args:
+            step: optimizer steps made so far.
+
+        Returns:
+            What a record says of it; None where nothing has changed.
+        """
+        self.restarts += 1
+        if self.restarts < 2:
+            return None
+        before = [*self._scales.values()] or [self._undecided]
+        after = NEUTRAL
+        if self._controller is retain_law:
+            # one that a fault has taken off stays off
+            pull = min(max(s.pull for s in before), pull_at(self._target, step))
+            after = Scales(pull=pull)
+        self._scales, self._undecided = {}, after
+        if all(scales == after for scales in before):
+            return None
+        largest = max(scales.lr for scales in before)
+        what = f"pull {after.pull:.2g} towards the start" if after.pull else "factors off"
+        return {
+            "scale": largest,
+            "next_scale": after.lr,
+            "decision": action(largest, after.lr),
+            "why": f"other parameters train again before a window could tell, {what}",
+            **({"pull": after.pull} if after.pull else {}),
+        }
 
     @property
     def max_scale(self) -> float:
@@ -157,8 +200,10 @@ class Steering:
         whole = self._observation(sighting, gram, "all", list(range(len(sighting.names))), now)
         self._losses = ()
         if whole is None:
-            self._losses = earlier if loss is None else (*earlier, loss)
+            # as many as a law looks at
+            self._losses = earlier if loss is None else (*earlier, loss)[-RECENT:]
             return Outcome(None, "hold", "too few updates yet", None)
+        self.restarts = 0
         if self._controller is None:
             return Outcome(whole.spectrum, "hold", "mode observe: nothing is scaled", None)
         observations: list[Observation | None] = [whole]
@@ -258,6 +303,7 @@ class Steering:
             "may_push": self._may_push,
             "survived": self._survived,
             "losses": list(self._losses),
+            "restarts": self.restarts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -278,7 +324,8 @@ class Steering:
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(max_push, *state["undecided"])
         self._survived = survived
-        self._losses = tuple(float(loss) for loss in state.get("losses", ()))
+        self._losses = tuple(float(loss) for loss in state.get("losses", ()))[-RECENT:]
+        self.restarts = int(state.get("restarts", 0))
         self._may_push, self._scales, self._memory, self._undecided = (
             may_push,
             scales,

@@ -62,7 +62,8 @@ class Window:
         # of the updates and the parameters now: each update, and minus the parameters before it
         ones = self._gram.new_ones(self.capacity, self.capacity)
         before = torch.cat((ones.triu(), -ones[:, :1]), dim=1)
-        self._sums = torch.stack((torch.eye(*before.shape, out=torch.empty_like(before)), before))
+        eye = torch.eye(*before.shape, dtype=before.dtype, device=before.device)
+        self._sums = torch.stack((eye, before))
 
     def __len__(self) -> int:
         return min(self.pushed, self.capacity)

@@ -17,6 +17,12 @@ class Wrapper(Delegating):
     base: torch.optim.Optimizer
 
     @property
+    def _me(self) -> Any:
+        """The object that steps; Lightning and Fabric hold it in one of a class of theirs and ours."""
+        held = vars(self).get("_optimizer")
+        return held if isinstance(held, Wrapper) else self
+
+    @property
     def wrapped(self) -> list[torch.optim.Optimizer]:
         """The wrapped optimizer, in a list."""
         return [self.base]

@@ -38,7 +38,9 @@ class Written:
     def __init__(self) -> None:
         self._stamps: dict[Place, tuple[int, ...]] = {}
         self._samples: dict[Place, Tensor] = {}
-        self._last: int | None = None  # step before which there was a write
+        # the last two steps before which there was a write
+        self._before: int | None = None
+        self._last: int | None = None
 
     @torch.no_grad()
     def note(self, groups: Groups) -> None:
@@ -67,17 +69,20 @@ class Written:
         }
         if not found:
             return []
-        before, self._last = self._last, step
-        if before == step - 1:
-            return []
         known = [place for place in self._samples if place in found]
         if known and all(_is_back(_sample(found[place]), self._samples[place]) for place in known):
             return []
-        return list(found.items())
+        if step != self._last:
+            self._before, self._last = self._last, step
+        return [] if self.takes_part(step) else list(found.items())
+
+    def takes_part(self, step: int) -> bool:
+        """Whether there was a write before this step, and before the one before it."""
+        return self._last == step and self._before == step - 1
 
     def __getstate__(self) -> dict[str, Any]:
         # the parameters of a copy count anew
-        return {"_stamps": {}, "_samples": {}, "_last": None}
+        return {**vars(self), "_stamps": {}, "_samples": {}}
 
 
 def _stamp(parameter: Tensor) -> tuple[int, ...]:
@@ -103,5 +108,5 @@ def _is_back(now: Tensor, before: Tensor) -> bool:
     """Whether values are what they were, be it rounded to another dtype in between."""
     if now.shape != before.shape or now.device != before.device:
         return False
-    dtypes = dict.fromkeys((now.dtype, *CASTS))
+    dtypes = (now.dtype, *(() if now.is_complex() else CASTS))
     return any(torch.equal(now, before.to(dtype).to(now.dtype)) for dtype in dtypes)

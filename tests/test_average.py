@@ -237,6 +237,20 @@ def test_weights_that_are_loaded_stay(evaluating):
     assert optimizer.history.column("decision").count("fault") == 0
 
 
+def test_no_average_of_weights_that_are_put_right_after_each_step():
+    """A clamp: the average of what it has yet to see would violate it."""
+    model = network()
+    optimizer = averaged(model)
+    optimizer.train()
+    for step in range(40):
+        train(model, optimizer, [step])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.1, 0.1)
+    optimizer.eval()
+    assert all(p.abs().max() <= 0.1 for p in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_that_is_cast_for_an_evaluation_goes_on_with_what_was_trained(dtype):
     model = network()

@@ -542,6 +542,19 @@ def test_the_default_device_does_not_matter():
         assert torch.equal(_gather_order(bucket, 100), expected)
 
 
+def test_a_default_device_that_is_not_the_models_costs_no_snapshot():
+    with torch.device("cpu"):
+        p = torch.nn.Parameter(torch.ones(3))
+        x = torch.ones(3)
+    with torch.device("meta"):
+        optimizer = GapAware(torch.optim.SGD([p], lr=1e-3), interval=1)
+        for _ in range(20):
+            p.grad = x.clone()
+            optimizer.step()
+    assert len(optimizer.history) == 19
+    assert "fault" not in optimizer.history.column("decision")
+
+
 def test_arguments_that_would_be_ignored_are_not():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="never be asked"):

@@ -430,3 +430,8 @@ def test_read_refuses_what_is_not_a_log(tmp_path, content, message):
 def test_read_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_log(tmp_path / "nowhere")
+
+
+def test_a_home_folder_is_that_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert History(log_to="~/run.jsonl").log_to == str(tmp_path / "run.jsonl")

@@ -427,6 +427,10 @@ def test_command_prints_json_alone(tmp_path, capsys):
             '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "loss": {"a": 1}}\n',
             "not a gapaware log, a value is of another kind",
         ),
+        (
+            '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "scale": 1%s}\n' % ("0" * 400),
+            "not a gapaware log, a value is of another kind",
+        ),
     ],
 )
 def test_command_errors_go_to_stderr_with_code_2(tmp_path, capsys, content, message):

@@ -1,5 +1,6 @@
 """A raised factor that takes SGD's weights to infinity does not cost the run."""
 
+import copy
 import itertools
 import math
 import warnings
@@ -217,7 +218,7 @@ def test_nothing_is_pushed_after_a_loss():
     assert max(pushes[lost + 1 :]) == 0.0
 
 
-def running_with_a_copy(steps=20):
+def running_with_a_copy(steps=20, base=torch.optim.SGD):
     """The copy is of step 2, and whoever asks goes back to it three steps on."""
     weights, loss_of = problem()
     asked = []
@@ -225,7 +226,7 @@ def running_with_a_copy(steps=20):
     def once(observation):
         return Decision(2.0, keep=not observation.kept, back=bool(asked) and bool(asked.pop()))
 
-    optimizer = GapAware(torch.optim.SGD([weights], lr=1e-3), controller=once, interval=1)
+    optimizer = GapAware(base([weights], lr=1e-3), controller=once, interval=1)
     train(optimizer, loss_of, steps)
     assert optimizer._rescue.holds
 
@@ -266,6 +267,81 @@ def test_who_writes_after_each_step_takes_part_in_training():
             weights.mul_(0.99)
         train(optimizer, loss_of, 1)
     assert back_to() == 20
+
+
+@pytest.mark.parametrize("copied", [lambda optimizer: optimizer.state_dict(), copy.deepcopy])
+def test_a_checkpoint_between_two_writes_changes_nothing(copied):
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    for _ in range(6):
+        with torch.no_grad():
+            weights.mul_(0.99)
+        copied(optimizer)
+        train(optimizer, loss_of, 1)
+    assert back_to() == 20
+
+
+def test_a_swap_at_the_step_before_hides_no_weights_that_are_loaded():
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    for _ in range(3):
+        trained = weights.detach().clone()
+        torch.nn.init.constant_(weights, 5.0)
+        with torch.no_grad():
+            weights.copy_(trained)
+        train(optimizer, loss_of, 1)
+    torch.nn.init.constant_(weights, 7.0)
+    train(optimizer, loss_of, 5)
+    assert back_to() == 23
+    assert torch.equal(weights, torch.full((8,), 7.0))
+
+
+class Exchanging(torch.optim.SGD):
+    """As Schedule-Free: other weights for an evaluation, and not the same to the bit afterwards."""
+
+    def eval(self):
+        self.move(1.1)
+
+    def train(self):
+        self.move(1 / 1.1 + 1e-6)
+
+    @torch.no_grad()
+    def move(self, by):
+        for group in self.param_groups:
+            for weights in group["params"]:
+                weights.mul_(by)
+
+
+def test_who_exchanges_weights_for_an_evaluation_has_written_none():
+    _, loss_of, optimizer, back_to = running_with_a_copy(base=Exchanging)
+    for _ in range(3):
+        optimizer.eval()
+        optimizer.train()
+        train(optimizer, loss_of, 2)
+    assert back_to() < 20
+
+
+class Holder:
+    """As Lightning's and Fabric's: its class is made of this and that of the optimizer it holds."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Held", (type(self), type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_what_is_done_through_an_object_that_holds_it_is_done_to_it():
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    held, saved = Holder(optimizer), copy.deepcopy(optimizer.state_dict())
+    held.eval()
+    torch.nn.init.constant_(weights, 7.0)
+    held.train()
+    held.state_dict()
+    train(optimizer, loss_of, 5)
+    assert back_to() == 20
+    assert torch.equal(weights, torch.full((8,), 7.0))
+    held.load_state_dict(saved)
+    assert optimizer._steps == 20
 
 
 def test_not_what_a_jump_has_left_of_a_factor_is_blamed():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bases import BASES
 from gradients import parameters, run
-from models import mlp, train
+from models import batch, mlp, train
 from torch import nn
 
 from benchmarks import risk as study
@@ -238,7 +238,7 @@ def test_other_settings_leave_the_start_unknown():
 
 @pytest.mark.parametrize("sketch_dim", [512, None])
 def test_the_start_outlasts_a_new_group(sketch_dim):
-    """Rows that were there keep their start, the new one begins where it came."""
+    """Rows that were there keep their start, the new one has none."""
     model = mlp()
     late = nn.Parameter(torch.ones(1000))
     optimizer = build(model, sketch_dim=sketch_dim)
@@ -246,15 +246,52 @@ def test_the_start_outlasts_a_new_group(sketch_dim):
     train(model, optimizer, 11)
     optimizer.add_param_group({"params": [late], "lr": 0.0})
     train(model, optimizer, range(11, 14))
-    formula = exact([*tensors(model), [late]], [*starts, flat([late])])
+    formula = exact(tensors(model), starts)
     train(model, optimizer, range(14, 17))
     record = next(record for record in optimizer.history if record["step"] == 14)
     assert record["risk"] == pytest.approx(formula, rel=0.3 if sketch_dim else 1e-9)
     assert record["risk"] > 0
 
 
-def test_layers_that_are_thawed_begin_where_they_are():
-    """And so do those behind them, whose place in the group is another one."""
+@pytest.mark.parametrize("named", [True, False])
+def test_what_begins_at_zero_in_mid_run_is_no_risk(named):
+    """Its first snapshot is some steps after its first step, when it is no longer zero."""
+    torch.manual_seed(0)
+    models = nn.ModuleDict({"body": mlp(), "head": nn.Linear(6, 2)})
+    for parameter in models["head"].parameters():
+        nn.init.zeros_(parameter)
+    body = models["body"]
+    blocks = [[*layer.parameters()] for layer in body if list(layer.parameters())]
+    blocks = blocks if named else tensors(body)
+    starts = [flat(block) for block in blocks]
+
+    def of(name):
+        found = models[name]
+        return list(found.named_parameters(prefix=name)) if named else list(found.parameters())
+
+    base = torch.optim.AdamW(of("body"), lr=1e-2)
+    optimizer = GapAware(base, **{**SMALL, "sketch_dim": None, "interval": 5, "risk_limit": 10.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(103):
+            train(body, optimizer, range(step, step + 1))
+        optimizer.add_param_group({"params": of("head")})
+        formula = {}
+        for step in range(103, 200):
+            x, y = batch(step)
+            loss = (body(x) + models["head"](x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            formula[step + 1] = exact(blocks, starts)
+    told = {r["step"]: r["risk"] for r in optimizer.history if r["step"] > 103 and "risk" in r}
+    assert len(told) > 10
+    for step, risk in told.items():
+        assert risk == pytest.approx(formula[step], rel=1e-9)
+
+
+def test_layers_that_are_thawed_are_left_out():
+    """And so are those behind them, whose place in the group is another one."""
     model = deep()
     for parameter in model["h"][1].parameters():
         parameter.requires_grad_(False)
@@ -266,8 +303,7 @@ def test_layers_that_are_thawed_begin_where_they_are():
     for parameter in model["h"][1].parameters():
         parameter.requires_grad_(True)
     assert len(list(steps_of(model, optimizer, 2))) == 2
-    starts[2:] = [flat(block) for block in blocks[2:]]
-    *_, formula = [exact(blocks, starts) for _ in steps_of(model, optimizer, 2)]
+    *_, formula = [exact(blocks[:2], starts[:2]) for _ in steps_of(model, optimizer, 2)]
     assert len(list(steps_of(model, optimizer, 2))) == 2
     record = next(record for record in optimizer.history if record["step"] == 16)
     assert record["risk"] == pytest.approx(formula, rel=1e-9)
