@@ -316,3 +316,10 @@ def test_the_bars_ask_for_less_forgetting(forgets: float, holds: bool) -> None:
     assert judged["below wise-ft at 90 %, p < 0.05"]
     assert judge(base) == []
     assert "gapaware-rehearsed" in tables([*base, *ours])
+
+
+def test_under_the_pull_a_learning_rate_that_is_too_small_grows() -> None:
+    """On turned digits with the old answers held: where the factor stays at 1 it ends at 0.7."""
+    run = forgetting.Run("rotated-digits", "adamw", "gapaware-rehearsed", 1.0, 0)
+    trajectory = run.do()["curves"]["trajectory"]
+    assert trajectory[-1][1] < 0.25  # the new task's validation loss, 2.3 by chance
