@@ -61,6 +61,11 @@ class Means:
         else:
             self._sums[name] = (value, 1)
 
+    @property
+    def most(self) -> int:
+        """How many values there are of the name that has most."""
+        return max((count for _, count in self._sums.values()), default=0)
+
     def overflows(self, name: str) -> bool:
         """Whether the last three values are NaN or infinite, as far as that is known without waiting."""
         return self._lost.get(name, 0) >= SERIOUS

@@ -36,6 +36,9 @@ from gapaware.sighting import Sighting
 from gapaware.steering import ControllerFault, Outcome, Steering
 from gapaware.written import Written
 
+# values logged before the first step that are more than anybody accumulates gradients of
+UNSEEN = 1000
+
 
 class GapAware(Evaluating):
     """Wrap an optimizer: watch the spectrum of its updates and scale its learning rate.
@@ -476,6 +479,13 @@ class GapAware(Evaluating):
         """
         for name, value in metrics.items():
             self._metrics.add(name, value)
+        # once there was a step, snapshots take them
+        if self._steps == 0 and self._metrics.most >= UNSEEN and "log" not in self._warned:
+            self._warned.add("log")
+            caution(
+                f"log() was called {UNSEEN} times and step() not once: steps that the wrapped optimizer "
+                "makes in another way, such as SAM's first_step() and second_step(), are not seen; call step()"
+            )
 
     @property
     def scales(self) -> list[float]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,15 @@ def test_the_controller_sees_the_norm_of_the_weights():
     # decided a snapshot later: at the last step, on the weights before it
     assert [norm for _, norm in norms[-2:]] == pytest.approx(before)
     assert len({row for row, _ in norms}) == 2
+
+
+def test_steps_that_go_round_it_do_not_go_unsaid():
+    """As SAM's do, whose two halves the wrapped optimizer answers."""
+    optimizer = GapAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    for _ in range(999):
+        optimizer.log(loss=1.0)
+    with pytest.warns(UserWarning, match="1000 times and step.. not once"):
+        optimizer.log(loss=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.log(loss=1.0)
