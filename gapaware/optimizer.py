@@ -484,7 +484,7 @@ class GapAware(Evaluating):
             self._warned.add("log")
             caution(
                 f"log() was called {UNSEEN} times and step() not once: steps that the wrapped optimizer "
-                "makes in another way, such as SAM's first_step() and second_step(), are not seen; call step()"
+                "makes in another way, such as SAM's first_step() and second_step(), go unseen; call it"
             )
 
     @property
