@@ -247,14 +247,18 @@ def test_weights_that_others_load_are_what_a_run_goes_back_to():
     assert torch.equal(weights, torch.full((8,), 7.0))
 
 
+@torch.no_grad()
+def swap_in_and_out(weights):
+    trained = weights.detach().clone()
+    weights.fill_(5.0)
+    weights.copy_(trained)
+
+
 def test_an_average_that_is_swapped_in_and_out_leaves_the_copy():
     """As people evaluate an average of their own, at every other step, say."""
     weights, loss_of, optimizer, back_to = running_with_a_copy()
     for _ in range(3):
-        trained = weights.detach().clone()
-        torch.nn.init.constant_(weights, 7.0)
-        with torch.no_grad():
-            weights.copy_(trained)
+        swap_in_and_out(weights)
         train(optimizer, loss_of, 2)
     assert back_to() < 20
 
@@ -283,10 +287,7 @@ def test_a_checkpoint_between_two_writes_changes_nothing(copied):
 def test_a_swap_at_the_step_before_hides_no_weights_that_are_loaded():
     weights, loss_of, optimizer, back_to = running_with_a_copy()
     for _ in range(3):
-        trained = weights.detach().clone()
-        torch.nn.init.constant_(weights, 5.0)
-        with torch.no_grad():
-            weights.copy_(trained)
+        swap_in_and_out(weights)
         train(optimizer, loss_of, 1)
     torch.nn.init.constant_(weights, 7.0)
     train(optimizer, loss_of, 5)

@@ -58,6 +58,14 @@ def watched(model, optimizer, steps, blocks=None):
     return told, formula
 
 
+def assert_told(optimizer, formula, after, more_than):
+    """The risks in the history are those that the formula gives by step."""
+    told = {r["step"]: r["risk"] for r in optimizer.history if r["step"] > after and "risk" in r}
+    assert len(told) > more_than
+    for step, risk in told.items():
+        assert risk == pytest.approx(formula[step], rel=1e-9)
+
+
 @pytest.mark.parametrize("granularity", ["global", "group", "block"])
 def test_exact_sketch_gives_the_formula(granularity):
     model = mlp()
@@ -284,10 +292,7 @@ def test_what_begins_at_zero_in_mid_run_is_no_risk(named):
             loss.backward()
             optimizer.step()
             formula[step + 1] = exact(blocks, starts)
-    told = {r["step"]: r["risk"] for r in optimizer.history if r["step"] > 103 and "risk" in r}
-    assert len(told) > 10
-    for step, risk in told.items():
-        assert risk == pytest.approx(formula[step], rel=1e-9)
+    assert_told(optimizer, formula, after=103, more_than=10)
 
 
 def test_layers_that_are_thawed_are_left_out():
@@ -325,10 +330,7 @@ def test_the_start_outlasts_nan():
     for step in range(15, 30):
         run(optimizer, params, range(step, step + 1))
         formula[step + 1] = exact(blocks, starts)
-    told = {r["step"]: r["risk"] for r in optimizer.history if r["step"] > 15 and "risk" in r}
-    assert len(told) > 3
-    for step, risk in told.items():
-        assert risk == pytest.approx(formula[step], rel=1e-9)
+    assert_told(optimizer, formula, after=15, more_than=3)
 
 
 def test_a_start_at_zero_has_no_risk():
