@@ -36,6 +36,8 @@ class LogFile:
         if self._failed:
             return
         try:
+            if self._stream is not None and os.fstat(self._stream.fileno()).st_nlink == 0:
+                self.close()  # somebody has deleted it: what follows goes into a new one
             stream = self._stream or self._open(header)
             _write_line(stream, record)
         except (OSError, ValueError) as error:

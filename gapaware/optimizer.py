@@ -28,7 +28,7 @@ from gapaware.observer import NotFinite, Observer, RankFault
 from gapaware.places import places
 from gapaware.push import Push
 from gapaware.record import fault_record, record
-from gapaware.refusals import refuse_base, refuse_capture
+from gapaware.refusals import refuse_base, refuse_capture, refuse_factors
 from gapaware.rescue import Rescue
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
@@ -156,7 +156,7 @@ class GapAware(Evaluating):
     ) -> None:
         if isinstance(base, GapAware):
             raise TypeError("base: is a GapAware already; pass the optimizer inside it, base.base")
-        refuse_base(base, granularity)
+        refuse_base(base)
         settled = settle(
             base.param_groups,
             mode=mode,
@@ -175,6 +175,8 @@ class GapAware(Evaluating):
             history_size=history_size,
             seed=seed,
         )
+        if settled.controller is not None:
+            refuse_factors(base, granularity)
         arguments.boolean("average", average, why="whether eval() may put an average in")
         arguments.boolean("way_back", way_back, why="whether weights may go back to a copy")
         if risk_limit is not None:

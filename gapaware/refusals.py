@@ -22,16 +22,15 @@ def refuse_capture() -> None:
         )
 
 
-def refuse_base(base: Any, granularity: str) -> None:
+def refuse_base(base: Any) -> None:
     """Reject what cannot be wrapped.
 
     Args:
         base: what a person passed as the optimizer.
-        granularity: see `layout.rows`.
 
     Raises:
         TypeError: it is no optimizer, or wrapped already.
-        ValueError: it has no lr to scale, is differentiable, or takes no factors that differ.
+        ValueError: it has no lr to scale, or is differentiable.
         Unsupported: it hides where its parameters' elements belong.
     """
     if type(base).__module__.startswith("deepspeed.runtime"):
@@ -61,12 +60,23 @@ def refuse_base(base: Any, granularity: str) -> None:
                 f"base={type(base).__name__}: differentiable=True differentiates through the learning "
                 "rate, which GapAware replaces while it steps; pass differentiable=False"
             )
+
+
+def refuse_factors(base: torch.optim.Optimizer, granularity: str) -> None:
+    """Reject factors that differ where an optimizer looks at its parameter groups together.
+
+    Args:
+        base: what is to be wrapped.
+        granularity: see `layout.rows`.
+
+    Raises:
+        ValueError: it does.
+    """
     for leaf in leaves(base):
         _refuse_factors(leaf, granularity)
 
 
 def _refuse_factors(leaf: torch.optim.Optimizer, granularity: str) -> None:
-    """Reject factors that differ where an optimizer looks at its parameter groups together."""
     name, foreign = type(leaf).__name__, not _steps_as_torch(leaf)
     # as Prodigy and D-Adaptation call their estimate, which is one for all groups; Adafactor of torch.optim
     # has another `d`

@@ -229,6 +229,17 @@ def test_blocks_are_refused_to_a_step_that_is_not_torchs(base):
         GapAware(base(parameters()), granularity=granularity)
 
 
+@pytest.mark.parametrize("granularity", ["group", "block"])
+def test_what_only_looks_on_sees_each_part_of_any(granularity):
+    params = parameters()
+    base = Adapting(two(params))
+    optimizer = GapAware(base, mode="observe", granularity=granularity, interval=1)
+    train(optimizer, params, 8)
+    assert len(optimizer.scales) > 1
+    assert set(optimizer.scales) == {1.0}
+    assert "fault" not in optimizer.history.column("decision")
+
+
 def two(params):
     return [{"params": params[:1]}, {"params": params[1:]}]
 

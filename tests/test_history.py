@@ -269,6 +269,21 @@ def test_append_after_close_goes_on_in_the_same_file(tmp_path):
     assert len(strict_lines(path)) == 4
 
 
+@pytest.mark.parametrize("folder_too", [False, True])
+def test_a_file_that_is_deleted_begins_anew(tmp_path, folder_too):
+    path = tmp_path / "logs" / "run.jsonl"
+    history = fill(History(log_to=path), (1, 2))
+    path.unlink()
+    if folder_too:
+        path.parent.rmdir()
+    fill(history, (3, 4))
+    assert steps_in(path) == [3, 4]
+    assert len(strict_lines(path)) == 3  # and a header
+    path.rename(path.with_name("moved.jsonl"))  # goes on where it is now
+    fill(history, (5,))
+    assert steps_in(path.with_name("moved.jsonl")) == [3, 4, 5]
+
+
 # -- a file that is already there ----------------------------------------------------------------
 
 
