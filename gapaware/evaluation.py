@@ -1,14 +1,9 @@
 """From the weights that are trained to their average and back, around an evaluation."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
-
 from gapaware.caution import caution
-from gapaware.distributed import alone
-from gapaware.places import Place
 from gapaware.state import Resumable
 
 
@@ -48,53 +43,29 @@ class Evaluating(Resumable):
             self._me._switch(to)
             return
         with self._guarded("weights that others wrote"):
-            self._notice()
+            self._copies.notice(self.base.param_groups, self._steps)
         theirs = [own for leaf in self.leaves() if callable(own := getattr(leaf, to, None))]
         for switch in theirs:
             switch()
         with self._guarded("the average of the weights"):
             try:
                 if not theirs:
-                    getattr(self._average, to)(self.base.param_groups)
+                    getattr(self._copies.average, to)(self.base.param_groups)
             finally:
-                self._note()
+                self._copies.note(self.base.param_groups)
 
     def _save(self) -> dict[str, Any]:
         # or a run that resumes from here would take what others have written for a step of its own
-        self._me._notice()
+        me = self._me
+        me._copies.notice(me.base.param_groups, me._steps)
         return super()._save()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._notice()
+        self._copies.notice(self.base.param_groups, self._steps)
         return super().__getstate__()
 
-    def _copies(self) -> bool:
-        """Whether there are copies of weights, that those which others write make worthless."""
-        return self._push.holds or self._average.holds or self._rescue.holds
-
-    def _notice(self) -> None:
-        """Let go of copies of what somebody has written since: a best model that was loaded, say."""
-        if written := self._written.since(self.base.param_groups, self._steps):
-            # a way back goes to these; not where one of several processes may have seen it alone
-            self._rescue = self._rescue.fresh(owed=self._rescue.holds and alone())
-            self._renew(written)
-
-    def _renew(self, written: Iterable[tuple[Place, Tensor]]) -> None:
-        """Begin anew with what follows the weights of these parameters, which no step has moved."""
-        for place, parameter in written:
-            self._push.renew(place, parameter)
-            self._average.renew(place, parameter)
-        self._note()
-
-    def _note(self) -> None:
-        """What is written from now on is written by others."""
-        if self._copies():
-            self._written.note(self.base.param_groups)
-        else:
-            self._written.forget()
-
     def _train_after_all(self) -> None:
-        if self._average.exchanged and "train" not in self._warned:
+        if self._copies.average.exchanged and "train" not in self._warned:
             self._warned.add("train")
             caution(
                 "step() after eval(): its gradient is that of the average of the weights; call train() on "

@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 
 from gapaware import arguments, layout
 from gapaware.anchor import Anchor
-from gapaware.average import Average
 from gapaware.caution import caution
 from gapaware.controller import Controller
+from gapaware.copies import Copies
 from gapaware.delegation import is_number
 from gapaware.distributed import Sharing, Unsupported, alone, is_first, ranks_of, sharing
 from gapaware.dry_run import is_dry_run
@@ -25,16 +25,12 @@ from gapaware.lr import first_lr, is_remote
 from gapaware.metrics import Means, arrived
 from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer, RankFault
-from gapaware.places import places
-from gapaware.push import Push
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture, refuse_factors
-from gapaware.rescue import Rescue
 from gapaware.scaling import Scales, scaled
 from gapaware.settings import settle
 from gapaware.sighting import Sighting
 from gapaware.steering import ControllerFault, Outcome, Steering
-from gapaware.written import Written
 
 # values logged before the first step that are more than anybody accumulates gradients of
 UNSEEN = 1000
@@ -206,8 +202,7 @@ class GapAware(Evaluating):
             window=settled.window,
             together=granularity == "global",
         )
-        self._push, self._average = Push(), Average(average)
-        self._rescue, self._written = Rescue(way_back), Written()
+        self._copies = Copies(average=average, way_back=way_back)
         self._pending = self._returning = None
         self._given, self._entrusted = (), None
         self._metrics = Means()
@@ -263,19 +258,18 @@ class GapAware(Evaluating):
         return loss
 
     def _begin(self) -> tuple[list[Scales], dict[int, Scales] | None]:
-        if self._average.evaluating:
+        if self._copies.average.evaluating:
             self._train_after_all()
         if self._anchor is not None:
             # apart: a rank that fails here has to meet the others in the snapshot all the same
             with self._guarded("the starting weights"):
                 self._anchor.start(self.base.param_groups)
-        if self._copies():
+        if self._copies.hold:
             with self._guarded("weights that others wrote"):
-                self._notice()
-        if self._rescue.owed:
+                self._copies.notice(self.base.param_groups, self._steps)
+        if self._copies.rescue.owed:
             with self._guarded("weights to go back to"):
-                self._rescue.keep(self.base, self._steps)
-                self._note()
+                self._copies.keep(self.base, self._steps)
         with self._guarded("the first snapshot"):
             if self._fresh:
                 if self._steps == 0:
@@ -309,21 +303,18 @@ class GapAware(Evaluating):
     def _move(self, by_group: list[Scales], by_parameter: dict[int, Scales] | None = None) -> None:
         """What moves the weights beside the wrapped optimizer: nothing, at most steps."""
         neutral = by_parameter is None and all(scales.neutral for scales in by_group)
-        if neutral and self._anchor is None and not self._copies():
+        if neutral and self._anchor is None and not self._copies.hold:
             return
+        groups = self.base.param_groups
         if self._anchor is not None:
             with self._guarded("the pull towards the start"):
-                self._anchor.pull(self.base.param_groups, by_group, by_parameter)
+                self._anchor.pull(groups, by_group, by_parameter)
         with self._guarded("the push along the recent steps"):
-            groups = self.base.param_groups
-            self._push(groups, by_group, by_parameter, shared=self._is_shared)
+            self._copies.push(groups, by_group, by_parameter, shared=self._is_shared)
         with self._guarded("the average of the weights"):
-            # what others write after each step, such as a constraint, an average would not have
-            if self._written.takes_part(self._steps):
-                by_group, by_parameter = [], None
-            self._average.follow(self.base.param_groups, by_group, by_parameter)
+            self._copies.follow(groups, self._steps, by_group, by_parameter)
         with self._guarded("weights that others write"):
-            self._note()
+            self._copies.note(groups)
 
     def _finish(self, loss: Any) -> None:
         self._steps += 1
@@ -334,11 +325,11 @@ class GapAware(Evaluating):
         with self._guarded("a snapshot"):
             due = self._steps >= self._next_snapshot
             # of several processes one alone may see that; the weights will tell all of them
-            if self._rescue.holds and alone() and self._metrics.overflows("loss"):
+            if self._copies.rescue.holds and alone() and self._metrics.overflows("loss"):
                 raise NotFinite("NaN or infinity in the loss")
             if due:
                 self._observer.check()
-                self._push.seen()
+                self._copies.push.seen()
             if is_number(loss):
                 self.log(loss=loss)
             groups = self.base.param_groups
@@ -361,7 +352,7 @@ class GapAware(Evaluating):
             return
         groups = self.base.param_groups
         anchor = None if self._anchor is None else self._anchor.weights(groups)
-        kept = self._rescue.holds
+        kept = self._copies.rescue.holds
         sighting = self._observer.look(
             self.base,
             self._steps,
@@ -378,7 +369,7 @@ class GapAware(Evaluating):
                 self.history.append(fault_record(self._steps, self._interval, "") | changed)
             if self._steering.restarts > 2:
                 # no factor was on it for a while, and none has spoilt what came since the copy
-                self._rescue.forget()
+                self._copies.rescue.forget()
 
     def _is_idle(self) -> bool:
         """Whether nothing can move; a learning rate that the host would have to wait for may be any."""
@@ -395,7 +386,7 @@ class GapAware(Evaluating):
             metrics["loss"] = said.loss
         agreed, self._returning = self._returning, None
         if agreed is not None and said is not None and said.back:
-            outcome, goes = agreed, self._rescue.holds
+            outcome, goes = agreed, self._copies.rescue.holds
         else:
             outcome = self._ask(sighting, metrics, shared=shared)
             goes = outcome.back and not shared
@@ -410,17 +401,15 @@ class GapAware(Evaluating):
         after = [self._steering.scales(name) for name in sighting.names]
         back_to = None
         if goes:
-            back_to = self._rescue.put_back(self.base)
-            self._renew(places(self.base.param_groups))
+            back_to = self._copies.put_back(self.base)
             self._observer.restart()
             outcome = replace(outcome, why=f"{outcome.why} to the weights of step {back_to}")
         if outcome.keep and self._returning is None and (shared or alone()):
-            self._rescue.keep(self.base, self._steps)
-            self._note()
+            self._copies.keep(self.base, self._steps)
         raised = [factor for seen in sighting.conditions for factor in seen.scales]
         if max([*raised, *(scales.lr for scales in after)]) <= 1:
             # not before a window without one: what a factor began may overflow after it was taken off
-            self._rescue.forget()
+            self._copies.rescue.forget()
         self.history.append(record(sighting, outcome, after, metrics, clock, back_to))
 
     def _ask(self, sighting: Sighting, metrics: dict[str, float], *, shared: bool) -> Outcome:
@@ -437,7 +426,7 @@ class GapAware(Evaluating):
             interval=self._interval,
             momentum_memory=memory_steps(self.base.param_groups),
             loss=metrics.get("loss") if said is not None or alone() else None,
-            kept=self._rescue.holds if not shared else said is not None and said.kept,
+            kept=self._copies.rescue.holds if not shared else said is not None and said.kept,
         )
         if self._interval_is_auto and outcome.interval is not None:
             self._interval = outcome.interval
@@ -447,7 +436,7 @@ class GapAware(Evaluating):
         """Whether there is a copy of the weights, on every rank that shares them; waits for the answers."""
         devices = (p.device for group in self.base.param_groups for p in group["params"])
         device = next(devices, torch.device("cpu"))
-        return self._ranks().everywhere(self._rescue.holds, device)
+        return self._ranks().everywhere(self._copies.rescue.holds, device)
 
     def _warn_of_risk(self, limit: float) -> None:
         if "risk" in self._warned or not self.history or not is_first():
@@ -540,7 +529,7 @@ class GapAware(Evaluating):
         lost = lost and self._all_keep()
         why = f"{doing}: {type(error).__name__}: {error}"
         self._steering.release(keep_memory=not again, lost=lost, shared=self._is_shared())
-        back_to = self._rescue.put_back(self.base) if lost else None
+        back_to = self._copies.put_back(self.base) if lost else None
         if lost:
             why += f"; weights and state are those of step {back_to} again"
         if not decided:

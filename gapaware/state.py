@@ -7,20 +7,17 @@ from torch import Tensor
 
 from gapaware import arguments
 from gapaware.anchor import Anchor
-from gapaware.average import Average
 from gapaware.caution import caution
+from gapaware.copies import Copies
 from gapaware.delegation import all_or_nothing
 from gapaware.history import History
 from gapaware.metrics import Means, arrived
 from gapaware.observer import Observer
-from gapaware.push import Push
-from gapaware.rescue import Rescue
 from gapaware.scaling import Given, as_given
 from gapaware.sighting import Sighting
 from gapaware.steering import Outcome, Steering
 from gapaware.transfer import Transfer
 from gapaware.wrapper import Wrapper
-from gapaware.written import Written
 
 STATE_VERSION = 1
 
@@ -47,10 +44,7 @@ class Resumable(Wrapper):
     _observer: Observer
     _steering: Steering
     _anchor: Anchor | None
-    _push: Push
-    _average: Average
-    _rescue: Rescue
-    _written: Written
+    _copies: Copies
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
@@ -110,10 +104,7 @@ class Resumable(Wrapper):
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
-                "push": self._push.state_dict(),
-                "push_waits": self._push.waits,
-                "average": self._average.state_dict(),
-                "kept": self._rescue.holds or self._rescue.owed,
+                **self._copies.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,
@@ -145,8 +136,7 @@ class Resumable(Wrapper):
         self._steering.restart()
         if self._anchor is not None:
             self._anchor.restart()
-        self._push, self._average, self._written = Push(), self._average.fresh(), Written()
-        self._rescue = self._rescue.fresh()
+        self._copies = self._copies.fresh()
         self._pending, self._metrics, self._returning = None, Means(), None
         if self._interval_is_auto:
             self._interval = self._first_interval
@@ -168,15 +158,10 @@ class Resumable(Wrapper):
             observer = Observer(**settings, replicas=self._observer.replicas)
             steering = copy(self._steering)
             history = copy(self.history)
-            pending, anchor, push = None, copy(self._anchor), Push()
+            pending, anchor = None, copy(self._anchor)
             if anchor is not None and ours.get("anchor") is not None:
                 anchor.load_state_dict(ours["anchor"], self.base.param_groups)
-            average = self._average.fresh()
-            # states of gapaware 0.1.0 have none
-            push.load_state_dict(ours.get("push", {}), self.base.param_groups)
-            push.waits = int(ours.get("push_waits", 0))
-            if ours.get("average"):
-                average.load_state_dict(ours["average"], self.base.param_groups)
+            copies = self._copies.restored(ours, self.base.param_groups)
             steering.load_state_dict(ours["steering"])
             history.load_state_dict(ours["history"])
             same_settings = ours["observer"]["settings"] == settings
@@ -197,10 +182,7 @@ class Resumable(Wrapper):
                 "_observer": observer,
                 "_steering": steering,
                 "_anchor": anchor,
-                "_push": push,
-                "_average": average,
-                "_rescue": self._rescue.fresh(owed=bool(ours.get("kept", False))),
-                "_written": Written(),  # of weights that may come from elsewhere it is not known
+                "_copies": copies,
                 "history": history,
                 "_metrics": Means.from_state_dict(ours["metrics"]),
                 "_pending": pending,

@@ -471,7 +471,7 @@ def copy_let_go(folder: Path) -> Any:
 
     def forget(model: nn.Module, optimizer: GapAware) -> None:
         if dist.get_rank() == 1:
-            optimizer._rescue.forget()
+            optimizer._copies.rescue.forget()
 
     return {kind: go_back(shard, kind, forget, at=17) for kind, shard in SHARDS.items()}
 

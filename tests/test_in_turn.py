@@ -151,9 +151,9 @@ def test_a_copy_from_before_is_let_go():
     """A NaN long after is no work of the factor, and not to be undone by all that was learned since."""
     model, optimizer = build(controller=lambda seen: Decision(8.0, keep=seen.scale == 1.0))
     train(model, optimizer, range(20))
-    assert optimizer._rescue.holds
+    assert optimizer._copies.rescue.holds
     train(model, optimizer, range(20, 60), turn=4)
-    assert not optimizer._rescue.holds
+    assert not optimizer._copies.rescue.holds
 
 
 @pytest.mark.parametrize("at", [20, 24, 25, 27, 29, 33])

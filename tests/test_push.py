@@ -174,7 +174,7 @@ def test_a_learning_rate_of_zero_stops_the_push_too():
         group["lr"] = 0.05
     train(model, optimizer, range(30, 35))
     assert not equal(model, before)
-    assert optimizer._push.holds
+    assert optimizer._copies.push.holds
 
 
 def test_an_evaluation_is_not_seen_by_a_push():
@@ -374,8 +374,8 @@ def test_a_resumed_run_waits_for_as_long():
     model = network()
     optimizer = pushed(model)
     train(model, optimizer, range(20))
-    optimizer._push.waits = 2
+    optimizer._copies.push.waits = 2
     resumed = pushed(copy.deepcopy(model))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert resumed._push.holds
-    assert resumed._push.waits == 2
+    assert resumed._copies.push.holds
+    assert resumed._copies.push.waits == 2

@@ -121,7 +121,7 @@ def test_none_is_copied_where_that_is_not_wanted():
     )
     train(optimizer, loss_of, 20)
     assert optimizer.scales == [2.0]
-    assert not optimizer._rescue.holds
+    assert not optimizer._copies.rescue.holds
     restored = GapAware(
         torch.optim.SGD([torch.nn.Parameter(weights.detach().clone())], lr=1e-3),
         controller=lambda _: Decision(2.0, keep=True),
@@ -129,7 +129,7 @@ def test_none_is_copied_where_that_is_not_wanted():
         way_back=False,
     )
     restored.load_state_dict(optimizer.state_dict())
-    assert not restored._rescue._allowed
+    assert not restored._copies.rescue._allowed
 
 
 @pytest.mark.parametrize("push", [0.0, 1.0])
@@ -186,7 +186,7 @@ def test_without_memory_for_a_copy_the_factor_rises_all_the_same(error, monkeypa
     base = torch.optim.SGD([weights], lr=1e-3)
     optimizer = GapAware(base, controller=lambda _: Decision(2.0, keep=True), interval=1)
     train(optimizer, loss_of, 20)
-    assert not optimizer._rescue.holds
+    assert not optimizer._copies.rescue.holds
     assert optimizer.scales == [2.0]
     assert all(record["decision"] != "fault" for record in optimizer.history)
 
@@ -200,7 +200,7 @@ def test_a_copy_outlasts_the_factor_by_a_window():
     held = []
     for _ in range(50):
         train(optimizer, loss_of, 1)
-        held.append(optimizer._rescue.holds)
+        held.append(optimizer._copies.rescue.holds)
     assert held.index(True) == 10
     assert 10 <= (len(held) - held[::-1].index(True)) - 20 <= 13
 
@@ -228,7 +228,7 @@ def running_with_a_copy(steps=20, base=torch.optim.SGD):
 
     optimizer = GapAware(base([weights], lr=1e-3), controller=once, interval=1)
     train(optimizer, loss_of, steps)
-    assert optimizer._rescue.holds
+    assert optimizer._copies.rescue.holds
 
     def back_to():
         asked.append(True)
@@ -383,8 +383,8 @@ def test_the_law_keeps_where_a_factor_leaves_one_and_where_it_does_well():
     weights, loss_of = problem(curvature=1e-3)
     optimizer = GapAware(torch.optim.SGD([weights], lr=0.05))
     kept = []
-    keep = optimizer._rescue.keep
-    optimizer._rescue.keep = lambda base, step: (kept.append(step), keep(base, step))
+    keep = optimizer._copies.rescue.keep
+    optimizer._copies.rescue.keep = lambda base, step: (kept.append(step), keep(base, step))
     train(optimizer, loss_of, 120)
     first = next(record["step"] for record in optimizer.history if record["scale"] > 1)
     assert first - 2 <= kept[0] <= first
@@ -430,7 +430,7 @@ def test_a_run_that_resumes_goes_back_to_where_it_resumed():
 
     weights, optimizer, loss_of = new()
     train(optimizer, loss_of, 20)
-    assert optimizer._rescue.holds
+    assert optimizer._copies.rescue.holds
     twin, resumed, loss_of_twin = new()
     with torch.no_grad():
         twin.copy_(weights)
@@ -439,7 +439,7 @@ def test_a_run_that_resumes_goes_back_to_where_it_resumed():
     again = resumed.state_dict()
     resumed.load_state_dict(again)
     train(resumed, loss_of_twin, 10)
-    assert resumed._rescue.holds
+    assert resumed._copies.rescue.holds
     assert not torch.equal(twin, weights)
     train(resumed, loss_of_twin, 1)
     assert [r["back_to"] for r in resumed.history if "back_to" in r] == [20]
