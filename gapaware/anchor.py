@@ -27,10 +27,10 @@ class Anchor:
             no old skill.
         device: where to keep them, None for the parameters' own. From elsewhere they travel at each step.
         dtype: to keep them in, such as `torch.bfloat16`; None for the parameters' own, which complex ones
-            always have.
+            always have. The pull is to what they are in it.
 
     Raises:
-        TypeError: dtype is no floating-point one.
+        TypeError: dtype is no floating-point one, or one of a single byte.
         ValueError: this machine has no such device.
 
     Example:
@@ -53,7 +53,7 @@ class Anchor:
         self._source = source
         why = "how to keep the starting weights"
         self._device = arguments.device("anchor_device", device, why=why)
-        self._dtype = arguments.floating("anchor_dtype", dtype, why=why)
+        self._dtype = arguments.floating("anchor_dtype", dtype, least_bytes=2, why=why)
         self.restart()
 
     def restart(self) -> None:
@@ -68,20 +68,32 @@ class Anchor:
 
         Raises:
             TypeError: it has no tensor for one of them.
-            ValueError: the parameters have no names, none is in it, or a shape is another.
+            ValueError: the parameters have no names, none is in it, a shape is another, a value is NaN or
+                infinite, or too large for the dtype to keep it in.
 
         Warns:
             UserWarning: it seems to have one of them by another name.
         """
-        if isinstance(self._source, str):
-            return
         # frozen ones too: they may be unfrozen, and a mistake then would cost the training until then
         given = [
-            self._given(groups, place, parameter)
+            (_name(groups, place), self._given(groups, place, parameter))
             for place, parameter in places(groups)
             if _may_be_anchored(groups, place, parameter)
         ]
-        if all(weights is None for weights in given):
+        for name, weights in given:
+            if weights is not None and self._overflows(weights):
+                raise ValueError(
+                    f"anchor_dtype={self._dtype}: {name or 'a parameter'} has values that are too large "
+                    "for it; pass torch.bfloat16, which takes as little memory"
+                )
+        if isinstance(self._source, str):
+            return
+        if lost := [name for name, weights in given if not _is_finite(weights)]:
+            raise ValueError(
+                f"anchor: {arguments.some(lost)} {'has' if len(lost) == 1 else 'have'} NaN or infinity, "
+                "which the pull would carry into the model; pass the weights of a sound one"
+            )
+        if all(weights is None for _, weights in given):
             theirs = [name for group in groups for name in group.get("param_names", ())]
             found = (
                 f"it has {arguments.some(list(self._source))}, the optimizer {arguments.some(theirs)}; if "
@@ -201,13 +213,26 @@ class Anchor:
             copies = {_name(groups, place): kept for place, kept in self._weights.items()}
             self._source = {name: copies.get(name, w) for name, w in self._source.items()}
 
+    def _overflows(self, weights: Tensor) -> bool:
+        """Whether finite weights would be infinite in the dtype to keep them in; of shards those here."""
+        here = local(weights.detach())
+        if self._dtype is None or here.is_complex() or here.is_meta:
+            return False
+        largest = torch.finfo(self._dtype).max
+        wider = torch.finfo(here.dtype).max > largest
+        return wider and bool(((here.abs() > largest) & here.isfinite()).any())
+
     def _kept(self, weights: Tensor, parameter: Tensor) -> Tensor:
         weights = _like(weights, parameter)
         own = self._dtype is None or parameter.is_complex()
+        dtype = parameter.dtype if own else self._dtype
+        if not own and torch.finfo(dtype).max < torch.finfo(weights.dtype).max:
+            # what has become too large since `check` did not find it so: a pull to infinity ends a run
+            weights = weights.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
         return torch.empty_like(
             weights,
             device=parameter.device if self._device is None else self._device,
-            dtype=parameter.dtype if own else self._dtype,
+            dtype=dtype,
             requires_grad=False,
         ).copy_(weights)
 
@@ -303,6 +328,15 @@ def _is_equal(weights: Any, parameter: Tensor) -> bool:
         return False
     here, there = local(parameter), local(_like(weights, parameter))
     return here.numel() > 0 and torch.equal(there.to(here.dtype), here.to(there.device))
+
+
+def _is_finite(weights: Tensor | None) -> bool:
+    """Whether all of them are, of shards those here."""
+    if weights is None:
+        return True
+    here = local(weights.detach())
+    # what has a single byte knows no `isfinite`
+    return bool(torch.isfinite(here.float() if here.itemsize == 1 else here).all())
 
 
 def _like(weights: Tensor, parameter: Tensor) -> Tensor:

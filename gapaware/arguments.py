@@ -143,8 +143,8 @@ def device(name: str, value: Any, *, why: str) -> Any:
     return value
 
 
-def floating(name: str, value: Any, *, why: str) -> Any:
-    """Return `value` if it is a floating-point dtype, or None.
+def floating(name: str, value: Any, *, least_bytes: int = 1, why: str) -> Any:
+    """Return `value` if it is a floating-point dtype of so many bytes, or None.
 
     Raises:
         TypeError: it is neither.
@@ -154,8 +154,12 @@ def floating(name: str, value: Any, *, why: str) -> Any:
         Traceback (most recent call last):
         TypeError: anchor_dtype=torch.int8: how to keep weights; pass a floating-point torch.dtype
     """
-    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+    if value is None:
         return value
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        if value.itemsize >= least_bytes:
+            return value
+        why = f"{why}, in {least_bytes} bytes each or more"
     raise TypeError(f"{name}={value!r}: {why}; pass a floating-point torch.dtype")
 
 

@@ -244,7 +244,7 @@ def _agreed(line: Line, replicas: tuple[int, ...]) -> Callable[[float], float]:
 
 
 def _number(loss: Any) -> float:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return float(loss.item())
     if not isinstance(loss, Real):
         raise TypeError(

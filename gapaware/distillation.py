@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from gapaware import arguments
+from gapaware.line import may_change
 
 _WAY_OUT = "pass its state_dict() from before fine-tuning, or leave them out to copy it now"
 
@@ -45,8 +46,9 @@ class Distillation:
             function that returns texts drawn from it before fine-tuning; with a head for each task
             `lambda x: torch.cat([x, gapaware.scrambled(x)])`.
         weights: of the start, a state dict or a module; None copies the model's own now. Names that the
-            model does not have are left out, buffers that a state dict does not save are its own now, and
-            of tied weights any name will do.
+            model does not have are left out, buffers that a state dict does not save, and what training
+            cannot change (`starting_weights` has neither), are its own now, and of tied weights any name
+            will do.
         strength: of the loss beside the new task's.
         temperature: T. Above 1 unlikely classes count too.
 
@@ -99,7 +101,8 @@ class Distillation:
         self.weights: dict[str, Tensor] = {}
         for names in _names_of_each(own):
             name = next((name for name in names if name in given), names[0])
-            if name not in given and not saved.isdisjoint(names):
+            # what training cannot change, `starting_weights` leaves out
+            if name not in given and not saved.isdisjoint(names) and may_change(own[name]):
                 missing.append(name)
                 continue
             start, like = given.get(name, own[name]), own[name]

@@ -30,6 +30,7 @@ def starting_weights(
     Raises:
         TypeError: `model` is no module, or dtype no floating-point one.
         ValueError: this machine has no such device.
+        Unsupported: FSDP1, DeepSpeed ZeRO-3, or parameters on the meta device.
 
     Returns:
         The trainable parameters and the floating-point buffers, by their names in the state dict;
@@ -45,9 +46,11 @@ def starting_weights(
     arguments.device("device", device, why=why)
     arguments.floating("dtype", dtype, why=why)
     return {
-        names[0]: tensor.detach().to(device, None if tensor.is_complex() else dtype, copy=True)
+        names[0]: _present(names[0], tensor)
+        .detach()
+        .to(device, None if tensor.is_complex() else dtype, copy=True)
         for names, tensor in _tensors(arguments.module("model", model))
-        if _may_change(tensor)
+        if may_change(tensor)
     }
 
 
@@ -190,7 +193,7 @@ def matched(
         found = next((name for name in names if name in start), None)
         if found is not None:
             pairs.append((tensor, _fitting(found, tensor, start[found]), bool(mine)))
-        elif not mine and _may_change(tensor):
+        elif not mine and may_change(tensor):
             missing.append(names[0])
     if unknown:
         raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
@@ -220,9 +223,17 @@ def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(named.values())
 
 
-def _may_change(tensor: Tensor) -> bool:
-    """Whether it is a buffer, or a parameter that trains."""
-    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+def may_change(tensor: Tensor) -> bool:
+    """Whether training may: it is a parameter that trains, or a buffer that is not of integers.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> [name for name, tensor in norm.state_dict(keep_vars=True).items() if not may_change(tensor)]
+        ['num_batches_tracked']
+    """
+    if isinstance(tensor, nn.Parameter):
+        return tensor.requires_grad
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _memory(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
@@ -239,12 +250,18 @@ def _address(tensor: Tensor) -> tuple[int, torch.dtype]:
     return tensor.data_ptr(), tensor.dtype
 
 
-def _fitting(name: str, tensor: Tensor, given: Any) -> Tensor:
+def _present(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor that has its elements here."""
     if tensor.is_meta or hasattr(tensor, "ds_id") or getattr(tensor, "_fsdp_flattened", False):
         raise Unsupported(
             f"model: the elements of {name} are not in its tensor (meta device, DeepSpeed ZeRO-3 or "
             "FSDP1); gather the model first, or shard it with torch.distributed.fsdp.fully_shard"
         )
+    return tensor
+
+
+def _fitting(name: str, tensor: Tensor, given: Any) -> Tensor:
+    _present(name, tensor)
     start = arguments.weight(
         f"anchor[{name!r}]",
         given,

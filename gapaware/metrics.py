@@ -42,6 +42,8 @@ class Means:
                 raise ValueError(
                     f"log({name}=tensor of shape {shape}): pass one, such as its mean()"
                 )
+            if value.is_complex():
+                raise TypeError(f"log({name}={value!r:.60}): pass a real number, such as its abs()")
             # a copy, since losses are changed in place; float32, since some devices know no float64
             value = value.detach().reshape(()).to(torch.float32, copy=True)
         else:

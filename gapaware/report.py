@@ -76,12 +76,17 @@ def titles(paths: Sequence[Path]) -> list[str]:
         >>> titles([Path("runs/a/log.jsonl"), Path("runs/b/log.jsonl")])
         ['a/log', 'b/log']
     """
-    parts = [path.absolute().with_name(path.stem).parts for path in paths]
+    # a name may have bytes that are no text
+    names = [
+        os.fsencode(path.absolute().with_name(path.stem)).decode("utf-8", "replace")
+        for path in paths
+    ]
+    parts = [Path(name).parts for name in names]
     named = (
         ["/".join(part[-depth:]) for part in parts] for depth in range(1, max(map(len, parts)))
     )
     return next(
-        (names for names in named if len(set(names)) == len(names)), [p.stem for p in paths]
+        (shown for shown in named if len(set(shown)) == len(shown)), [part[-1] for part in parts]
     )
 
 

@@ -130,9 +130,14 @@ def _values(records: Sequence[Record], name: str) -> list[Any]:
 
 def _numbers(records: Sequence[Record], name: str) -> np.ndarray:
     """All finite numbers of a column, lists laid out flat."""
-    parts = [np.atleast_1d(np.array(value, dtype=float)) for value in _values(records, name)]
-    values = np.concatenate(parts) if parts else np.empty(0)
-    return values[np.isfinite(values)]
+    found = _values(records, name)
+    flat = [item for value in found for item in (value if isinstance(value, list) else (value,))]
+    try:
+        values = np.array(flat, dtype=float)
+    except ValueError as error:
+        raise TypeError(f"{name}: {error}") from error
+    finite: np.ndarray = values[np.isfinite(values)]
+    return finite
 
 
 def _range(values: np.ndarray) -> dict[str, float | None]:

@@ -247,6 +247,8 @@ def test_what_was_given_is_freed_once_it_is_copied():
             r"of torch\.int8, no floating-point",
         ),
         ({"theta": torch.ones(2, device="meta")}, ValueError, "on the meta device"),
+        ({"theta": torch.tensor([1.0, np.nan])}, ValueError, "'theta' has NaN or infinity"),
+        ({"theta": torch.tensor([-np.inf, 1.0])}, ValueError, "'theta' has NaN or infinity"),
         ("start", ValueError, "choose one of 'init'"),
         (True, TypeError, "anchor=bool: .* pass a state dict or a module"),
         ([torch.ones(2)], TypeError, "anchor=list: .* pass a state dict or a module"),
@@ -256,6 +258,38 @@ def test_an_anchor_that_does_not_fit_is_refused_at_once(anchor, error, message):
     base = torch.optim.SGD([("theta", nn.Parameter(torch.zeros(2)))], lr=0.1)
     with pytest.raises(error, match=message):
         GapAware(base, mode="retain", anchor=anchor)
+
+
+@pytest.mark.parametrize("anchor", ["init", {"theta": torch.tensor([-1e5, 1.0])}])
+def test_an_anchor_that_would_overflow_is_refused(anchor):
+    """The weights were infinite after one step."""
+    theta = nn.Parameter(torch.tensor([1e5, np.nan]))
+    base = torch.optim.SGD([("theta", theta)], lr=0.1)
+    with pytest.raises(ValueError, match=r"anchor_dtype=torch\.float16: theta .*torch\.bfloat16"):
+        GapAware(base, mode="retain", anchor=anchor, anchor_dtype=torch.float16)
+    optimizer = GapAware(base, mode="retain", anchor=anchor, anchor_dtype=torch.bfloat16)
+    theta.data.fill_(1e5)
+    theta.grad = torch.zeros(2)
+    for _ in range(3):
+        optimizer.step()
+    assert theta.isfinite().all()
+
+
+def test_an_anchor_that_overflows_later_is_cut_off():
+    theta = nn.Parameter(torch.zeros(2))
+    optimizer = GapAware(still(theta), mode="retain", anchor_dtype=torch.float16)
+    theta.data.fill_(-1e5)  # as a checkpoint that is loaded after the optimizer was built
+    theta.grad = torch.zeros(2)
+    optimizer.step()
+    assert theta.isfinite().all()
+
+
+def test_an_anchor_of_single_bytes_is_refused():
+    """Every snapshot failed at it, and nothing was pulled."""
+    with pytest.raises(
+        TypeError, match=r"anchor_dtype=torch\.float8_e5m2: .* 2 bytes each or more"
+    ):
+        GapAware(still(nn.Parameter(torch.ones(2))), mode="retain", anchor_dtype=torch.float8_e5m2)
 
 
 def test_an_anchor_needs_the_names_that_the_optimizer_has():

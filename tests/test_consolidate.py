@@ -351,7 +351,14 @@ def test_evaluate_has_to_return_a_number():
         starting_weights([model])
     with pytest.raises(TypeError, match="evaluate returned dict"):
         consolidate(model, anchor, lambda _: {"loss": 1.0})
+    with pytest.raises(TypeError, match="evaluate returned Tensor: return one number"):
+        consolidate(model, anchor, lambda _: torch.tensor(1j))
     assert same(values(model), before)
+
+
+def test_starting_weights_have_to_be_there():
+    with pytest.raises(Unsupported, match=r"elements of weight are not .*meta device"):
+        starting_weights(nn.Linear(2, 2, device="meta"))
 
 
 # -- refusals ------------------------------------------------------------------------------------

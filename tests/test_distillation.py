@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gapaware import Distillation, scrambled
+from gapaware import Distillation, scrambled, starting_weights
 
 
 def two_heads(dropout=0.0):
@@ -174,6 +174,18 @@ def test_a_state_dict_may_have_more_names_than_the_model_and_lack_what_it_does_n
     start = {name: w.clone() for name, w in model.state_dict().items()}
     held = Distillation(model, old_answers, weights={**start, "other": torch.ones(1)})
     assert held.weights.keys() == {*start, "places"} - {"more.weight"}
+
+
+def test_starting_weights_are_enough():
+    """They lack what training cannot change: frozen parameters, and counts of batches."""
+    model = nn.Sequential(nn.Linear(6, 4).requires_grad_(False), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    start = starting_weights(model)
+    assert not start.keys() & {"0.weight", "1.num_batches_tracked"}
+    held = Distillation(model, lambda model, x: model(x), weights=start, inputs=lambda x: x)
+    x = torch.randn(5, 6)
+    assert held(x).item() == pytest.approx(0.0, abs=1e-6)
+    disturb(model[2])
+    assert held(x).item() > 1e-3
 
 
 def test_of_tied_weights_any_name_will_do():

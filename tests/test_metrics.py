@@ -26,6 +26,7 @@ def test_means_of_numbers_and_tensors():
     [
         (None, TypeError, r"log\(loss=None\): pass a number"),
         ("low", TypeError, r"log\(loss='low'\): pass a number"),
+        (torch.tensor(1j), TypeError, r"log\(loss=tensor\(0\.\+1\.j\)\): pass a real number"),
         (torch.ones(3), ValueError, r"log\(loss=tensor of shape \(3,\)\): pass one"),
     ],
 )

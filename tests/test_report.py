@@ -1,6 +1,7 @@
 import builtins
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,13 @@ def test_titles_tell_logs_of_one_name_apart():
     assert titles([paths[0], paths[0]]) == ["run", "run"]
 
 
+def test_a_name_that_is_no_text_is_drawn_all_the_same(tmp_path, capsys):
+    log = write_log(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), a_run())
+    assert main(["report", str(log), "--figure", str(tmp_path / "x.png")]) == 0
+    assert titles([log]) == ["caf\N{REPLACEMENT CHARACTER}"]
+    assert capsys.readouterr().err == ""
+
+
 def test_command_prints_and_draws_beside_the_log(tmp_path, capsys):
     log = write_log(tmp_path / "run.jsonl", a_run())
     assert main(["report", str(log)]) == 0
@@ -426,6 +434,10 @@ def test_command_prints_json_alone(tmp_path, capsys):
         (
             '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "loss": {"a": 1}}\n',
             "not a gapaware log, a value is of another kind",
+        ),
+        (
+            '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "scale": "abc"}\n',
+            "not a gapaware log, a value is of another kind (scale: could not convert",
         ),
         (
             '{"gapaware": "0.1.0", "schema": 1}\n{"step": 1, "scale": 1%s}\n' % ("0" * 400),
