@@ -16,6 +16,7 @@ from gapaware.distributed import is_dtensor
 from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
 from gapaware.room import check_room
 from gapaware.scaling import Scales
+from gapaware.written import Written
 
 STEPS = 10
 
@@ -23,8 +24,8 @@ STEPS = 10
 class Average:
     """The average of the weights of each parameter, kept from the first `eval` or `train` on.
 
-    One copy of the parameters, in float32 at least, and only while an average is asked for. Shards
-    (DTensors) have none: their ranks would have to agree on it.
+    One copy of the parameters, in float32 at least, and only while an average is asked for. Where any that
+    trains is in shards (a DTensor) there is none: their ranks would have to agree on it.
 
     Args:
         allowed: whether there may be any.
@@ -56,6 +57,8 @@ class Average:
         # the averages, and at the places inside, where the model has these, the weights that are trained
         self._other: dict[Place, Tensor] = {}
         self._inside: set[Place] = set()
+        # what others write while the model has the averages
+        self._written = Written()
 
     @property
     def holds(self) -> bool:
@@ -66,6 +69,15 @@ class Average:
     def exchanged(self) -> bool:
         """Whether the model has the average now, and the copy the weights that are trained."""
         return bool(self._inside)
+
+    def loaded(self, groups: Groups) -> list[tuple[Place, Tensor]]:
+        """The parameters that somebody has written while the model had their average."""
+        written = self._written.since(groups, 0, counts=False) if self._inside else []
+        return [(place, parameter) for place, parameter in written if place in self._inside]
+
+    def has_inside(self, place: Place) -> bool:
+        """Whether the model has the average of a parameter now."""
+        return place in self._inside
 
     @torch.no_grad()
     def renew(self, place: Place, parameter: Tensor) -> None:
@@ -95,10 +107,14 @@ class Average:
         chosen_by = by_group if by_parameter is None else by_parameter.values()
         if not (self._wanted and any(scales.average for scales in chosen_by)):
             return
+        if any(
+            parameter.requires_grad and is_dtensor(parameter) for _, parameter in places(groups)
+        ):
+            return
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         begin: list[tuple[Place, Tensor]] = []
         for place, parameter, chosen in scaled_places(groups, by_group, by_parameter):
-            if not chosen.average or not parameter.requires_grad or is_dtensor(parameter):
+            if not (chosen.average and parameter.requires_grad):
                 continue
             mean = before.get(place)
             if mean is None or mean.shape != parameter.shape or mean.device != parameter.device:
@@ -133,22 +149,31 @@ class Average:
     def eval(self, groups: Groups) -> None:
         """Put the average into the model."""
         self._wanted, self.evaluating = self._allowed, True
+        self._take_in(groups)
         for place, parameter, other in self._elsewhere(groups, inside=True):
             self._other[place] = _copy(parameter)
             self._inside.add(place)
             parameter.copy_(other)
+        if self._inside:
+            self._written.note(groups)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def train(self, groups: Groups) -> None:
-        """Put the weights that are trained back."""
+        """Put the weights that are trained back, unless others were loaded in between."""
         self._wanted = self._allowed
+        self._take_in(groups)
         for place, parameter, other in self._elsewhere(groups, inside=False):
             mean = _copy(parameter)
             parameter.copy_(other)
             self._inside.discard(place)
             self._other[place] = mean
         self.evaluating = False
+        self._written.forget()
+
+    def _take_in(self, groups: Groups) -> None:
+        for place, parameter in self.loaded(groups):
+            self.renew(place, parameter)
 
     def _elsewhere(self, groups: Groups, *, inside: bool) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What is left to exchange: cut off anywhere, an exchange can be gone on with or taken back."""

@@ -27,7 +27,8 @@ class OwnState:
         dcp.load(state, checkpoint_id=folder)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
-    Without it the wrapped optimizer's state is restored and GapAware starts anew, with an empty window.
+    Without it the wrapped optimizer's state is restored and GapAware starts anew, with an empty window. Of
+    what was logged since the last snapshot one rank's is saved: the first mean after a resume is of that.
 
     Args:
         optimizer: the one to save or to restore.

@@ -1,6 +1,7 @@
 """The copies of the weights that are kept beside training, and what makes them worthless."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Copies:
     def __init__(self, *, average: bool = True, way_back: bool = True) -> None:
         self.push, self.average, self.rescue = Push(), Average(average), Rescue(way_back)
         self._written = Written()
+        # where nobody but `eval` has written
+        self._ours: set[Place] = set()
 
     @property
     def hold(self) -> bool:
@@ -82,21 +85,66 @@ class Copies:
     def notice(self, groups: Groups, step: int) -> None:
         """Let go of copies of what somebody has written since.
 
+        Several ranks have to do so together: one alone may swap weights for an evaluation.
+
         Args:
             groups: of the wrapped optimizer.
             step: optimizer steps made so far.
         """
-        if written := self._written.since(groups, step):
+        if written := self._by_others(groups, step, counts=True):
             # a way back goes to these; not where one of several processes may have seen it alone
             self.rescue = self.rescue.fresh(owed=self.rescue.holds and alone())
             self._renew(written)
             self.note(groups)
+
+    def noticed(self, groups: Groups, step: int) -> "Copies":
+        """What they would be after `notice`, to be saved or copied; nothing here changes."""
+        written = self._by_others(groups, step, counts=False)
+        if not written:
+            return self
+        copies = Copies()
+        copies.push, copies.average = deepcopy(self.push), deepcopy(self.average)
+        copies.rescue = self.rescue.fresh(owed=self.rescue.holds and alone())
+        copies._renew(written)
+        return copies
+
+    def _by_others(self, groups: Groups, step: int, *, counts: bool) -> list[tuple[Place, Tensor]]:
+        written = self._written.since(groups, step, counts=counts)
+        if not (written and self.average.exchanged):
+            return written
+        loaded = {place for place, _ in self.average.loaded(groups)}
+        return [
+            (place, parameter)
+            for place, parameter in written
+            if place in loaded or not self.average.has_inside(place)
+        ]
 
     def _renew(self, written: Iterable[tuple[Place, Tensor]]) -> None:
         """Begin anew with what follows the weights of these parameters, which no step has moved."""
         for place, parameter in written:
             self.push.renew(place, parameter)
             self.average.renew(place, parameter)
+
+    # -- the average -------------------------------------------------------------------------------
+
+    def eval(self, groups: Groups, step: int) -> None:
+        """Put the average into the model, which is no step and nobody else's work.
+
+        One rank alone may do so, so nothing else here changes: where others have written weights there is
+        no average of them, and whether the rest begins anew is for `notice`.
+        """
+        for place, parameter in self._by_others(groups, step, counts=False):
+            self.average.renew(place, parameter)
+        unchanged = self._written.unchanged(groups)
+        self.average.eval(groups)
+        self._ours |= {place for place in unchanged if self.average.has_inside(place)}
+
+    def train(self, groups: Groups) -> None:
+        """Put the weights that are trained back, unless others were loaded in between."""
+        loaded = {place for place, _ in self.average.loaded(groups)}
+        self.average.train(groups)
+        self._written.excuse(groups, self._ours - loaded)
+        self._ours = set()
 
     def follow(
         self,

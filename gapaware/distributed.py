@@ -42,11 +42,14 @@ class Sharing:
         ranks: their global ranks, sorted; empty where every rank holds everything.
         device_type: of the meshes, where their process groups work.
         mesh: a one-dimensional mesh of exactly these ranks, if one of the parameters has it.
+        all_told: whether no other rank can have replicas of the same shards: these are all there are, or
+            those that a person named. Else replicas would part by losses of their own.
     """
 
     ranks: tuple[int, ...] = ()
     device_type: str = "cpu"
     mesh: "DeviceMesh | None" = None
+    all_told: bool = True
 
     def home(self, device: torch.device) -> torch.device:
         """Where sketches are added up: `device`, unless the process groups do not work there."""
@@ -92,8 +95,8 @@ def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sha
 
     Args:
         parameters: the trainable ones.
-        replicas: ranks that hold the same whole parameters, for a model without shards: the sketch of the
-            first of them then counts for all, and so do its faults.
+        replicas: ranks that hold the same parameters, or the same shards of them: the sketch of the first
+            of them then counts for all, and so do its faults.
 
     Example:
         >>> sharing([torch.ones(3)]).ranks
@@ -112,12 +115,13 @@ def sharing(parameters: Iterable[Tensor], replicas: tuple[int, ...] = ()) -> Sha
     if not sharded:
         return Sharing(replicas, device_type) if len(replicas) > 1 else Sharing()
     members = {id(mesh): tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes.values()}
-    ranks = tuple(sorted(set().union(*members.values())))
+    ranks = tuple(sorted(set(replicas).union(*members.values())))
     if len(ranks) == 1 or dist.get_rank() not in ranks:
         return Sharing()
     exact = [m for m in meshes.values() if m.ndim == 1 and members[id(m)] == ranks]
     device_type = next(iter(meshes.values())).device_type
-    return Sharing(ranks, device_type, exact[0] if exact else None)
+    all_told = bool(replicas) or len(ranks) == dist.get_world_size()
+    return Sharing(ranks, device_type, exact[0] if exact else None, all_told)
 
 
 def ranks_of(process_group: Any) -> tuple[int, ...]:

@@ -21,8 +21,9 @@ class Evaluating(Resumable):
 
         As with Schedule-Free: call it before an evaluation or a checkpoint, and `train()` before the next
         step; the Hugging Face Trainer does. From the first call of either on there may be an average, a
-        copy of the weights where there is one (none of shards). Everywhere else, with `average=False`, and
-        at a factor of 1, nothing moves. A wrapped optimizer with an `eval()` of its own decides itself.
+        copy of the weights where there is one (none of a model in shards). Everywhere else, with
+        `average=False`, and at a factor of 1, nothing moves. A wrapped optimizer with an `eval()` of its
+        own decides itself.
 
         Example:
             >>> import torch
@@ -42,27 +43,25 @@ class Evaluating(Resumable):
         if self._me is not self:
             self._me._switch(to)
             return
+        theirs = [own for leaf in self.leaves() if callable(own := getattr(leaf, to, None))]
+        if not theirs:
+            with self._guarded("the average of the weights"):
+                if to == "eval":
+                    self._copies.eval(self.base.param_groups, self._steps)
+                else:
+                    self._copies.train(self.base.param_groups)
+            return
         with self._guarded("weights that others wrote"):
             self._copies.notice(self.base.param_groups, self._steps)
-        theirs = [own for leaf in self.leaves() if callable(own := getattr(leaf, to, None))]
         for switch in theirs:
             switch()
-        with self._guarded("the average of the weights"):
-            try:
-                if not theirs:
-                    getattr(self._copies.average, to)(self.base.param_groups)
-            finally:
-                self._copies.note(self.base.param_groups)
-
-    def _save(self) -> dict[str, Any]:
-        # or a run that resumes from here would take what others have written for a step of its own
-        me = self._me
-        me._copies.notice(me.base.param_groups, me._steps)
-        return super()._save()
+        with self._guarded("weights that others write"):
+            self._copies.note(self.base.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._copies.notice(self.base.param_groups, self._steps)
-        return super().__getstate__()
+        # what others have written before a copy is made, the copy cannot know
+        copies = self._copies.noticed(self.base.param_groups, self._steps)
+        return {**super().__getstate__(), "_copies": copies}
 
     def _train_after_all(self) -> None:
         if self._copies.average.exchanged and "train" not in self._warned:

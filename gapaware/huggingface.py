@@ -187,6 +187,9 @@ class GapAwareTrainerMixin(TrainerToMixInto):
         TypeError: ``distillation`` is no function.
     """
 
+    _loss_of_step: float | Tensor = 0.0
+    _scales_of_step: list[float] | None = None
+
     def __init__(
         self, *args: Any, distillation: Callable[[Any], Tensor] | None = None, **kwargs: Any
     ) -> None:
@@ -233,12 +236,18 @@ class GapAwareTrainerMixin(TrainerToMixInto):
         by_model = self.model_accepts_loss_kwargs and items is not None
         return bool(by_model or self.compute_loss_func is not None)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer does when a run begins: a step that another one left unfinished is forgotten."""
+        self._loss_of_step, self._scales_of_step = 0.0, None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch; this process's loss of a whole step goes into GapAware's history."""
         loss: Tensor = super().training_step(*args, **kwargs)
         wrapper = gapaware_of(self.optimizer)
         if wrapper is not None:
-            self._loss_of_step = getattr(self, "_loss_of_step", 0.0) + loss
+            self._loss_of_step = self._loss_of_step + loss
             if self.accelerator.sync_gradients:
                 wrapper.log(loss=self._loss_of_step)
                 self._loss_of_step = 0.0
@@ -251,7 +260,7 @@ class GapAwareTrainerMixin(TrainerToMixInto):
         wrapper = gapaware_of(self.optimizer)
         if wrapper is not None and "learning_rate" in logs:
             # Before its first step GapAware knows no rows yet.
-            scales = getattr(self, "_scales_of_step", None) or wrapper.scales or [1.0]
+            scales = self._scales_of_step or wrapper.scales or [1.0]
             logs["effective_learning_rate"] = logs["learning_rate"] * scales[0]
             logs["gapaware/scale"] = scales[0]
             if min(scales) != max(scales):

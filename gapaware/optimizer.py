@@ -81,8 +81,8 @@ class GapAware(Evaluating):
             `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
             those of a group with `"anchor": False`. Costs a copy of the weights.
         anchor_device: where to keep that copy, such as "cpu"; None for the parameters' own device.
-        anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. Both only where
-            there is an anchor.
+        anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. The pull is to
+            what they are in it. Both only where there is an anchor.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
             (with `named_parameters()`) or tensor, where `base` is one of torch's.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
@@ -98,9 +98,10 @@ class GapAware(Evaluating):
         process_group: the ranks that train replicas of the model together, as with
             DistributedDataParallel: `torch.distributed.group.WORLD`. They decide on the same sketch and on
             the mean of their losses, one all-reduce a snapshot, so that a fault on one rank is one of all.
+            All of them have to step as often: uneven inputs under `DDP.join()` end in an error there.
             Without it equal replicas decide alike, but by the updates alone and without a way back, and a
             rank that runs out of memory in here takes its factors off alone. Sharded models (FSDP2) need no
-            group.
+            group, unless there are replicas of them that their mesh does not show.
 
     Attributes:
         base: the wrapped optimizer. `param_groups`, `state` and `defaults` are its own.
@@ -425,7 +426,7 @@ class GapAware(Evaluating):
             first_lrs=[first_lr(group) if self._midway else 0.0 for group in groups],
             interval=self._interval,
             momentum_memory=memory_steps(self.base.param_groups),
-            loss=metrics.get("loss") if said is not None or alone() else None,
+            loss=metrics.get("loss") if alone() or (said and self._ranks().all_told) else None,
             kept=self._copies.rescue.holds if not shared else said is not None and said.kept,
         )
         if self._interval_is_auto and outcome.interval is not None:

@@ -104,7 +104,8 @@ class Resumable(Wrapper):
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
-                **self._copies.state_dict(),
+                # or a run that resumes from here would take what others have written for a step of its own
+                **self._copies.noticed(self.base.param_groups, self._steps).state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,

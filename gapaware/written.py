@@ -1,5 +1,6 @@
 """Tells weights that others have written from those that training has moved: a best model loaded, say."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ class Written:
     not written: a few values of a few parameters tell. Somebody who writes after each step takes part in
     training: a largest norm, a clamp, weights that are perturbed and restored.
 
-    What changes values behind the back of autograd, as `parameter.data.copy_` does, is not seen. A copy of
-    this knows of nothing.
+    What changes values behind the back of autograd, as `parameter.data.copy_` does, is not seen. Of shards
+    (DTensors) no values are taken: swapped out and back they count as written. A copy of this knows of
+    nothing.
 
     Example:
         >>> groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
@@ -52,8 +54,24 @@ class Written:
         """Until the next moment that is noted nothing counts as written."""
         self._stamps, self._samples = {}, {}
 
+    def unchanged(self, groups: Groups) -> set[Place]:
+        """The parameters that nobody has touched since, not even to write what was there."""
+        return {
+            place
+            for place, parameter in (places(groups) if self._stamps else ())
+            if self._stamps.get(place) == _stamp(parameter)
+        }
+
+    def excuse(self, groups: Groups, whose: Collection[Place]) -> None:
+        """Let parameters count as unchanged that hold the same values again."""
+        for place, parameter in places(groups):
+            if place in whose and place in self._stamps:
+                self._stamps[place] = _stamp(parameter)
+
     @torch.no_grad()
-    def since(self, groups: Groups, step: int) -> list[tuple[Place, Tensor]]:
+    def since(
+        self, groups: Groups, step: int, *, counts: bool = True
+    ) -> list[tuple[Place, Tensor]]:
         """The parameters that were written; none where no moment is known.
 
         Waits for the device where there are any.
@@ -61,6 +79,7 @@ class Written:
         Args:
             groups: of the wrapped optimizer.
             step: optimizer steps made so far.
+            counts: whether this goes into what `takes_part` knows.
         """
         found = {
             place: parameter
@@ -72,9 +91,10 @@ class Written:
         known = [place for place in self._samples if place in found]
         if known and all(_is_back(_sample(found[place]), self._samples[place]) for place in known):
             return []
-        if step != self._last:
-            self._before, self._last = self._last, step
-        return [] if self.takes_part(step) else list(found.items())
+        before, last = (self._before if step == self._last else self._last), step
+        if counts:
+            self._before, self._last = before, last
+        return [] if before == step - 1 else list(found.items())
 
     def takes_part(self, step: int) -> bool:
         """Whether there was a write before this step, and before the one before it."""

@@ -169,12 +169,13 @@ def replicas(folder: Path) -> Any:
     return run(DistributedDataParallel)
 
 
-def partly_sharded(folder: Path) -> Any:
-    def shard(model: nn.Module) -> nn.Module:
-        fully_shard(model[2])
-        return model
+def sharded_in_the_middle(model: nn.Module) -> nn.Module:
+    fully_shard(model[2])
+    return model
 
-    return run(shard)
+
+def partly_sharded(folder: Path) -> Any:
+    return run(sharded_in_the_middle)
 
 
 def other_sharding(folder: Path) -> list[str]:
@@ -555,12 +556,16 @@ def pushed(folder: Path) -> Any:
 def averaged(folder: Path) -> Any:
     """Of shards there is no average; of replicas each has its own, whoever asks for it."""
     found = {}
-    for kind, shard in (("shards", fsdp), ("replicas", DistributedDataParallel)):
+    for kind, shard in (
+        ("shards", fsdp),
+        ("partly", sharded_in_the_middle),
+        ("replicas", DistributedDataParallel),
+    ):
         model = shard(network())
         group = dist.group.WORLD if kind == "replicas" else None
         averaging = {"controller": lambda seen: Decision(2.0, average=True)}
         optimizer = wrapped(model, process_group=group, **averaging)
-        if kind == "shards" or dist.get_rank() == 0:
+        if kind != "replicas" or dist.get_rank() == 0:
             optimizer.train()
         train(model, optimizer)
         trained = [p.clone() for p in weights(model)]
@@ -570,6 +575,32 @@ def averaged(folder: Path) -> Any:
         train(model, optimizer, range(STEPS, STEPS + 4))
         found[f"{kind}, later"] = weights(model)
     return found
+
+
+def swapped(folder: Path) -> Any:
+    """Every rank swaps other weights in and out; the first one alone saves or evaluates in between."""
+    found = []
+    for meanwhile in (lambda optimizer: optimizer.state_dict(), evaluated):
+        model = DistributedDataParallel(network(40))
+        pushing = {"controller": lambda seen: Decision(2.0, push=1.0, keep=True)}
+        optimizer = wrapped(model, process_group=dist.group.WORLD, granularity="global", **pushing)
+        for step in range(0, STEPS, 4):
+            train(model, optimizer, range(step, step + 4))
+            trained = [p.detach().clone() for p in model.parameters()]
+            with torch.no_grad():
+                torch._foreach_mul_(list(model.parameters()), 0.5)
+            if dist.get_rank() == 0:
+                meanwhile(optimizer)
+            with torch.no_grad():
+                torch._foreach_copy_(list(model.parameters()), trained)
+        pushes = any(record.get("push") for record in optimizer.history)
+        found.append((pushes, optimizer._copies.rescue.holds, weights(model)))
+    return found
+
+
+def evaluated(optimizer: GapAware) -> None:
+    optimizer.eval()
+    optimizer.train()
 
 
 def retained(folder: Path) -> Any:
@@ -664,6 +695,20 @@ def pairs(folder: Path) -> Any:
     return first, {**seen(optimizer), "sent": sent}
 
 
+def replicas_of_shards(folder: Path) -> Any:
+    """The same pairs, as parts of one run that a person names; and where nobody does, by other losses."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "shard"))["shard"]
+    found = [run(lambda model: fsdp(model, mesh=mesh), process_group=dist.group.WORLD)]
+    for group in (dist.group.WORLD, None):
+        model = fsdp(network(40), mesh=mesh)
+        optimizer = wrapped(model, controller=believer, process_group=group)
+        for step in range(12):
+            optimizer.log(loss=float(dist.get_rank()))
+            train(model, optimizer, range(step, step + 1))
+        found.append({"scales": optimizer.scales, "losses": optimizer.history.column("loss")})
+    return found
+
+
 def placements(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Sketches of sharded tensors beside those of the whole ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
@@ -729,11 +774,11 @@ SCENARIOS = {
         sketch_fault, accounting_fault, replica_fault, push_fault, fault_before_a_push, start_fault,
         warm_up, trainers_optimizer, not_a_number, losses, one_log, save, retained, retained_and_saved,
         pushed, averaged, shared_losses, escaped, way_back, no_way_back, copy_let_go, lost,
-        fault_with_a_copy, fault_in_a_return,
+        fault_with_a_copy, fault_in_a_return, swapped,
     ],
     4: [
         fully_sharded, blocks, hybrid, two_dimensional, columns, pairs, placements, resume,
-        retained_and_resumed,
+        retained_and_resumed, replicas_of_shards,
     ],
 }  # fmt: skip
 

@@ -330,6 +330,17 @@ def test_groups_smaller_than_the_world(four):
     )
 
 
+def test_replicas_of_shards_decide_alike(four):
+    by_updates, by_losses, without_a_group = zip(*of(four, "replicas_of_shards"), strict=True)
+    assert_same_decisions(by_updates)
+    assert_close(by_updates[0], single())
+    assert all(result["losses"][-1] == 1.5 for result in by_losses)
+    assert all(result["scales"] == [3.5, 3.5] for result in by_losses)
+    # by losses of their own they would part
+    assert [result["losses"][-1] for result in without_a_group] == [0.5, 0.5, 2.5, 2.5]
+    assert all(result["scales"] == [1.0, 1.0] for result in without_a_group)
+
+
 def test_every_placement_is_counted_once(four):
     for results in of(four, "placements"):
         assert len(results) == 3 * (1 + 4 + 9 + 9 + 16 + 25)
@@ -448,12 +459,23 @@ def test_shards_are_pushed_as_the_whole_is(two):
 
 def test_shards_are_not_averaged_and_replicas_each_for_themselves(two):
     first, second = of(two, "averaged")
-    for trained, evaluated in (first["shards"], second["shards"]):
-        assert all(map(torch.equal, trained, evaluated))
+    for kind in ("shards", "partly"):
+        for trained, evaluated in (first[kind], second[kind]):
+            assert all(map(torch.equal, trained, evaluated))
     # only the first rank had asked before its evaluation
     moved = [not all(map(torch.equal, *result["replicas"])) for result in (first, second)]
     assert moved == [True, False]
     assert all(map(torch.equal, first["replicas, later"], second["replicas, later"]))
+
+
+def test_what_one_rank_does_between_two_swaps_parts_no_replicas(two):
+    for first, second in zip(*of(two, "swapped"), strict=True):
+        (pushes, holds, weights), (also_pushes, also_holds, others) = first, second
+        assert pushes
+        assert also_pushes
+        assert holds
+        assert also_holds
+        assert all(map(torch.equal, weights, others))
 
 
 def test_starting_weights_are_saved_by_shards_and_loaded_by_others(two, four):

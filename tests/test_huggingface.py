@@ -393,6 +393,27 @@ def test_loss_reaches_the_history_and_its_file(tmp_path):
     assert any("loss" in line for line in lines)
 
 
+def test_a_step_that_was_interrupted_does_not_count_in_the_next_run(tmp_path):
+    class Stop(TrainerCallback):
+        left = 1
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and self.left:
+                self.left = 0
+                raise KeyboardInterrupt
+
+    args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=4)
+    trainer = trainer_for(args, mode="observe", interval=1, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    before = len(gapaware_of(trainer.optimizer).history)
+    trainer.train()
+    logged = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    losses = gapaware_of(trainer.optimizer).history.column("loss")[before:]
+    # the first decision is on a snapshot of before
+    assert losses[1] == pytest.approx(logged[0], rel=1e-3)
+
+
 def test_loss_of_accumulated_batches_is_the_loss_of_the_step(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=6)
     trainer = trainer_for(args, interval=1, mode="observe")

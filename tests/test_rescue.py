@@ -218,15 +218,17 @@ def test_nothing_is_pushed_after_a_loss():
     assert max(pushes[lost + 1 :]) == 0.0
 
 
-def running_with_a_copy(steps=20, base=torch.optim.SGD):
+def running_with_a_copy(steps=20, base=torch.optim.SGD, *, average=False):
     """The copy is of step 2, and whoever asks goes back to it three steps on."""
     weights, loss_of = problem()
     asked = []
 
     def once(observation):
-        return Decision(2.0, keep=not observation.kept, back=bool(asked) and bool(asked.pop()))
+        back = bool(asked) and bool(asked.pop())
+        return Decision(2.0, keep=not observation.kept, back=back, average=average)
 
     optimizer = GapAware(base([weights], lr=1e-3), controller=once, interval=1)
+    optimizer.train()  # from now on there may be an average
     train(optimizer, loss_of, steps)
     assert optimizer._copies.rescue.holds
 
@@ -261,6 +263,42 @@ def test_an_average_that_is_swapped_in_and_out_leaves_the_copy():
         swap_in_and_out(weights)
         train(optimizer, loss_of, 2)
     assert back_to() < 20
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda optimizer: optimizer.state_dict(),
+        copy.deepcopy,
+        lambda optimizer: (optimizer.eval(), optimizer.train()),
+    ],
+)
+def test_what_is_done_while_an_average_is_swapped_in_leaves_the_copy(meanwhile):
+    """Of several ranks the first alone saves then: if that let go of its copy, replicas would part."""
+    weights, loss_of, optimizer, back_to = running_with_a_copy()
+    trained = weights.detach().clone()
+    torch.nn.init.constant_(weights, 5.0)
+    meanwhile(optimizer)
+    with torch.no_grad():
+        weights.copy_(trained)
+    train(optimizer, loss_of, 2)
+    assert back_to() < 20
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_evaluation_at_the_average_leaves_the_copy_unless_weights_are_loaded(loaded):
+    weights, loss_of, optimizer, back_to = running_with_a_copy(average=True)
+    trained = weights.detach().clone()
+    for _ in range(2):
+        optimizer.eval()
+        optimizer.state_dict()
+        assert not torch.equal(weights, trained)
+    if loaded:
+        torch.nn.init.constant_(weights, 7.0)
+    optimizer.train()
+    assert torch.equal(weights, torch.full((8,), 7.0) if loaded else trained)
+    train(optimizer, loss_of, 3)
+    assert (back_to() == 20) == loaded
 
 
 def test_who_writes_after_each_step_takes_part_in_training():
