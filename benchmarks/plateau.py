@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import quick
 from benchmarks.arguments import add_results
+from benchmarks.curves import draw_curves
 from benchmarks.figure import draw
 from benchmarks.methods import GAPAWARE, NO_LOSS
 from benchmarks.plan import stages
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", type=Path, help="also write the figures in the tables to this file"
     )
     parser.add_argument("--figure", type=Path, help="also draw the steps to target into this file")
+    parser.add_argument(
+        "--curves", type=Path, help="also draw how runs of three held-out tasks went into this file"
+    )
     add_results(
         parser,
         KEPT_RUNS,
@@ -81,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(described, indent=1) + "\n")
     if options.figure:
         draw(results, tasks, methods, options.seeds, options.figure)
+    if options.curves:
+        draw_curves(results, tasks, options.seeds, options.curves)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import forgetting, plateau, risk
 from benchmarks.bases import MuonAdamW
+from benchmarks.curves import draw_curves
 from benchmarks.factors import Bumps
 from benchmarks.figure import draw
 from benchmarks.forgetting_tasks.fashion import FASHION
@@ -568,6 +569,29 @@ def test_a_sweep_cuts_off_at_twice_the_best_and_its_best_is_judged(tmp_path):
     )
     draw(results, ["parity"], ["base", "gapaware"], 3, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_the_curves_are_of_the_largest_middle_and_smallest_gain_on_held_out_tasks(
+    tmp_path, monkeypatch
+):
+    results = Results(tmp_path / "runs.jsonl")
+    gains = {"adding": 2, "lookup-adam": 30, "staircase-sgd": 1, "deep-tanh-muon": 5, "parity": 99}
+    for task, gain in gains.items():
+        for seed in range(2):
+            curve = {"curve": [[10, 1.0, 0.2], [20, 0.5, 0.9]]}
+            results.add({**row(seed=seed, task=task, reached=100 * gain), **curve})
+            results.add({**row(seed=seed, task=task, method="gapaware", reached=100), **curve})
+    titles, path = [], tmp_path / "curves.png"
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set_title", lambda axes, text, **_: titles.append(text)
+    )
+    draw_curves(results, list(gains), 2, path)
+    assert titles == [
+        "lookup-adam (Adam): steps / 30",
+        "adding (AdamW): steps / 2",
+        "staircase-sgd (SGD): steps / 1",
+    ]
+    assert path.stat().st_size > 1000
 
 
 def test_a_task_on_which_nobody_arrives_is_in_no_mean(tmp_path):
