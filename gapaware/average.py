@@ -37,7 +37,7 @@ class Average:
         >>> weights = torch.nn.Parameter(torch.zeros(1))
         >>> groups = [{"params": [weights]}]
         >>> average = Average()
-        >>> average.train(groups)
+        >>> _ = average.train(groups)
         >>> for _ in range(2):
         ...     with torch.no_grad():
         ...         _ = weights.add_(1.0)
@@ -45,7 +45,7 @@ class Average:
         >>> average.eval(groups)
         >>> round(weights.item(), 3)
         1.1
-        >>> average.train(groups)
+        >>> _ = average.train(groups)
         >>> weights.item()
         2.0
     """
@@ -159,10 +159,10 @@ class Average:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def train(self, groups: Groups) -> None:
-        """Put the weights that are trained back, unless others were loaded in between."""
+    def train(self, groups: Groups) -> set[Place]:
+        """Put the weights that are trained back, unless others were loaded in between; returns where."""
         self._wanted = self._allowed
-        self._take_in(groups)
+        loaded = self._take_in(groups)
         for place, parameter, other in self._elsewhere(groups, inside=False):
             mean = _copy(parameter)
             parameter.copy_(other)
@@ -170,10 +170,13 @@ class Average:
             self._other[place] = mean
         self.evaluating = False
         self._written.forget()
+        return loaded
 
-    def _take_in(self, groups: Groups) -> None:
-        for place, parameter in self.loaded(groups):
+    def _take_in(self, groups: Groups) -> set[Place]:
+        loaded = self.loaded(groups)
+        for place, parameter in loaded:
             self.renew(place, parameter)
+        return {place for place, _ in loaded}
 
     def _elsewhere(self, groups: Groups, *, inside: bool) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What is left to exchange: cut off anywhere, an exchange can be gone on with or taken back."""

@@ -141,8 +141,7 @@ class Copies:
 
     def train(self, groups: Groups) -> None:
         """Put the weights that are trained back, unless others were loaded in between."""
-        loaded = {place for place, _ in self.average.loaded(groups)}
-        self.average.train(groups)
+        loaded = self.average.train(groups)
         self._written.excuse(groups, self._ours - loaded)
         self._ours = set()
 
