@@ -51,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt recipes/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-third-party build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* runs
+	rm -rf $(VENV) .venv-third-party build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,7 +1,5 @@
 """Optimizers that mind the gap: wrap yours, watch the spectrum of its updates, adapt its learning rate."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from gapaware.checkpoint import OwnState
 from gapaware.composite import Composite, muon
 from gapaware.consolidate import Consolidation, consolidate
@@ -9,14 +7,12 @@ from gapaware.controller import Controller, Decision, Observation
 from gapaware.distillation import Distillation
 from gapaware.distributed import Unsupported
 from gapaware.line import starting_weights
+from gapaware.log import package_version
 from gapaware.optimizer import GapAware
 from gapaware.scrambled import scrambled
 from gapaware.spectrum import Spectrum
 
-try:
-    __version__ = version("gapaware")
-except PackageNotFoundError:  # run from the source tree without an installation
-    __version__ = "0"
+__version__ = package_version()
 
 __all__ = [
     "Composite",

@@ -14,7 +14,15 @@ from gapaware import arguments
 from gapaware.caution import caution
 from gapaware.distributed import is_dtensor, local
 from gapaware.lr import is_remote
-from gapaware.places import Groups, Place, from_state, places, scaled_places, to_state
+from gapaware.places import (
+    Groups,
+    Place,
+    from_state,
+    places,
+    scaled_places,
+    to_state,
+    without_gradient,
+)
 from gapaware.scaling import Scales
 
 
@@ -139,19 +147,21 @@ class Anchor:
         """Move each parameter the share ρ of its way back to the start.
 
         ρ is `Scales.pull` times the learning rate of the schedule over its peak, so that the pull weakens
-        with the steps that it balances.
+        with the steps that it balances. As weight decay, it leaves alone what has no gradient in this step.
 
         Args:
             groups: of the wrapped optimizer.
             by_group: scales of each group.
             by_parameter: scales by `id(parameter)`, which then decide instead.
         """
-        shares = self.shares(groups)
+        shares, idle = self.shares(groups), without_gradient(groups)
         alike: dict[Any, tuple[float | Tensor, list[Tensor], list[Tensor]]] = {}
         for place, parameter, scales in scaled_places(groups, by_group, by_parameter):
             number, pull = place[0], scales.pull
             weights, share = self._weights.get(place), shares[number]
             if weights is None or pull == 0.0 or not _is_anchored(groups, place, parameter):
+                continue
+            if id(parameter) in idle:
                 continue
             here = local(parameter)
             # a tensor on a GPU cannot be told from another: its group stands for it
@@ -159,7 +169,8 @@ class Anchor:
             key = (rate, here.device, here.dtype)
             _, to, start = alike.setdefault(key, (pull * share, [], []))
             to.append(here)
-            start.append(local(weights).to(here.device, here.dtype, non_blocking=True))
+            # towards the host such a copy would be read before it is there
+            start.append(local(weights).to(here.device, here.dtype, non_blocking=here.is_cuda))
         for (_, device, dtype), (rho, to, start) in alike.items():
             if isinstance(rho, Tensor):
                 # given as one weight it would be read on the host

@@ -36,11 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings(record=True) as noticed:
+            # of others, such as a font's, nobody can do anything
+            warnings.simplefilter("ignore")
             warnings.simplefilter("always", RuntimeWarning)
-            _report(arguments)
-            sys.stdout.flush()
-        for warning in noticed:
-            print(f"gapaware: {warning.message}", file=sys.stderr)
+            try:
+                _report(arguments)
+                sys.stdout.flush()
+            finally:
+                for warning in noticed:
+                    print(f"gapaware: {warning.message}", file=sys.stderr)
     except BrokenPipeError:
         # whoever reads, such as `head`, has enough; what is left to flush at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -103,8 +104,8 @@ def consolidate(
         start_loss: a bound on the loss from which the gain counts, which is that of the anchor, its own
             `fresh` weights included if it has them. A start that is confidently wrong is worse than
             guessing and makes any end look like a gain: pass what guessing gives, log(classes).
-        evaluations: at most so many calls of `evaluate`, at least 3; nine reach the resolution, ten with
-            `fresh`.
+        evaluations: at most so many calls of `evaluate`, at least 3; nine reach the resolution. One more
+            of each where the anchor has weights for `fresh`, since the start is evaluated with them, too.
         storage_device: where the one copy of the trained weights lies meanwhile, such as "cpu"; by
             default where the weights are.
         process_group: ranks with replicas of the model (DDP), which average their losses to decide
@@ -145,6 +146,10 @@ def consolidate(
         storage_device=storage_device,
     )
     line = Line(model, anchor, fresh, storage_device)
+    if line.has_fresh_start:
+        arguments.integer(
+            "evaluations", evaluations, low=4, why="`fresh` takes one more than three"
+        )
     agreed = _agreed(line, ranks_of(process_group))
     tried: list[tuple[float, float]] = []
     with _bar(progress, evaluations) as tick, _modes_of(model), line:
@@ -173,9 +178,14 @@ def consolidate(
         gain = reference - end
         if not gain > 0 or not math.isfinite(end):
             line.go(1.0)
+            at_start = (
+                f"{reference:.4g} at the start: no gain to keep"
+                if bounds
+                else f"{start:.4g} at the start: pass start_loss=, such as log(classes), to count from"
+            )
             caution(
-                f"consolidate: the new-task loss is {end:.4g} with the trained weights and "
-                f"{reference:.4g} at the start: no gain to keep, the model stays as trained"
+                f"consolidate: the new-task loss is {end:.4g} with the trained weights and {at_start}; "
+                "the model stays as trained"
             )
             return Consolidation(1.0, end, reference, end, math.nan, tuple(tried))
 
@@ -204,6 +214,8 @@ def checked(
     arguments.device("storage_device", storage_device, why="where the trained weights lie")
     if start_loss is not None:
         start_loss = arguments.number("start_loss", start_loss, why="a bound on the loss")
+        if not math.isfinite(start_loss):
+            raise ValueError(f"start_loss={start_loss}: a bound on the loss; pass a finite number")
     return (
         arguments.positive("keep", keep, high=1.0, why="the share of the gain to keep"),
         start_loss,
@@ -244,13 +256,13 @@ def _agreed(line: Line, replicas: tuple[int, ...]) -> Callable[[float], float]:
 
 
 def _number(loss: Any) -> float:
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return float(loss.item())
-    if not isinstance(loss, Real):
+    single = isinstance(loss, Tensor | np.ndarray) and math.prod(loss.shape) == 1
+    value = loss.item() if single else loss
+    if not isinstance(value, Real):
         raise TypeError(
             f"evaluate returned {type(loss).__name__}: return one number, the validation loss"
         )
-    return float(loss)
+    return float(value)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -58,11 +58,12 @@ class ConsolidateCallback(TrainerCallback):
             model; all before training.
 
     Warns:
-        UserWarning: after training there was no loss to decide by. The model stays as trained.
+        UserWarning: after training there was no loss to decide by, or to get it failed. The model stays as
+            trained.
 
     Example:
         >>> args = TrainingArguments("run", use_cpu=True, report_to="none")
-        >>> trainer = Trainer(nn.Linear(2, 1), args, eval_dataset=[])
+        >>> trainer = Trainer(nn.Linear(2, 1), args, eval_dataset=[{"input": [0.0, 1.0]}])
         >>> trainer.add_callback(ConsolidateCallback(trainer, keep=0.95))
     """
 
@@ -80,10 +81,11 @@ class ConsolidateCallback(TrainerCallback):
             raise TypeError(
                 f"trainer={type(trainer).__name__}: not a transformers.Trainer; pass the Trainer itself"
             )
-        if trainer.eval_dataset is None and evaluate is None:
+        if evaluate is None and not _has_examples(trainer.eval_dataset):
             raise ValueError(
-                "trainer: it has no eval_dataset, so nothing tells how far the weights may go back; give "
-                "it one, or pass evaluate=, a function of the model that returns a validation loss"
+                "trainer: it has no eval_dataset, or an empty one, so nothing tells how far the weights "
+                "may go back; give it one, or pass evaluate=, a function of the model that returns a "
+                "validation loss"
             )
         self.result: Consolidation | None = None
         if evaluate is None:
@@ -140,14 +142,24 @@ class ConsolidateCallback(TrainerCallback):
             self.result = consolidate(
                 kwargs["model"], self._anchor, self._evaluate, **self._options
             )
-        except (TypeError, ValueError) as error:
-            caution(f"ConsolidateCallback: the model stays as trained; {error}")
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            caution(f"ConsolidateCallback: the model stays as trained; {why}")
             return
         names = ("share", "kept", "loss", "start_loss", "end_loss")
         self._trainer.log({f"consolidate/{name}": getattr(self.result, name) for name in names})
 
     def _validation_loss(self, _: nn.Module) -> float:
         return validation_loss(self._trainer)
+
+
+def _has_examples(dataset: Any) -> bool:
+    """Whether there is something to evaluate on, as far as it tells its length."""
+    parts = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
+    present = [
+        part is not None and (not isinstance(part, Sized) or len(part) > 0) for part in parts
+    ]
+    return bool(present) and all(present)
 
 
 def validation_loss(trainer: Trainer) -> float:

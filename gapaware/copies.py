@@ -169,12 +169,14 @@ class Copies:
             "push_waits": self.push.waits,
             "average": self.average.state_dict(),
             "kept": self.rescue.holds or self.rescue.owed,
+            "written": self._written.state_dict(),
         }
 
     def restored(self, state: Mapping[str, Any], groups: Groups) -> "Copies":
         """The same settings and the copies that `state_dict` described.
 
-        Who has written the weights since is not known: they may come from elsewhere.
+        Who has written the weights since is not known: they may come from elsewhere. But somebody who has
+        written after each step so far is taken to go on.
 
         Raises:
             ValueError: a weight does not fit its parameter.
@@ -186,4 +188,5 @@ class Copies:
         if state.get("average"):
             copies.average.load_state_dict(state["average"], groups)
         copies.rescue = self.rescue.fresh(owed=bool(state.get("kept", False)))
+        copies._written.load_state_dict(state.get("written", (None, None)))
         return copies

@@ -19,20 +19,22 @@ from torch.nn import functional as F
 from gapaware import arguments
 from gapaware.line import may_change
 
-_WAY_OUT = "pass its state_dict() from before fine-tuning, or leave them out to copy it now"
+_WAY_OUT = "pass its state_dict() from before fine-tuning, or leave `weights` out to copy it now"
 
 
 class Distillation:
     """A loss that holds a model to its old answers while it learns something new.
 
     strength · T² · KL(answers before ‖ answers now), both softened by the temperature T, mean over
-    everything but the classes. Needs no old data. With one head for both tasks, the old answers to new
+    everything but the classes. Needs no old data. It is of this very module, and holds what becomes of it
+    in training; a copy of it that trains is not held. With one head for both tasks, the old answers to new
     inputs contradict the new ones: pass `inputs`.
 
     Its forward passes are not those of DistributedDataParallel: pass the model inside, and wrap that with
     find_unused_parameters=False. With True, DDP takes an old head for unused after the new task's forward
     pass, and fails at its gradient. `gapaware.huggingface.GapAwareTrainer` sees to that.
 
+    Without `inputs` the pass at the weights of now is as in training: BatchNorm counts such a batch twice.
     With `inputs` both passes are in evaluation mode. A model that checkpoints activations in that mode too
     recomputes them in training mode, with dropout and other statistics: the backward pass fails or gives
     wrong gradients. Those of Hugging Face checkpoint in training mode alone.
@@ -129,6 +131,11 @@ class Distillation:
             now = self._softened(self._asked(batch))
         apart = F.kl_div(now, then, log_target=True, reduction="sum") / max(len(now), 1)
         return self.strength * self.temperature**2 * apart
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether any parameter of a model is one of those that are held to their old answers."""
+        held = {id(parameter) for parameter in self._asked.model.parameters()}
+        return any(id(parameter) in held for parameter in model.parameters())
 
     def _answers_then(self, batch: Any) -> Any:
         now = dict(_named(self._asked.model))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-BLOCK = 1 << 20
+LARGEST_PIECE = 1 << 20
 
 
 class Unsupported(RuntimeError):
@@ -203,7 +203,7 @@ def _any_pieces(tensor: Tensor, place: int) -> Iterator[tuple[Tensor, int]]:
             f"a parameter of shape {tuple(shape)} has a local shard of shape {tuple(tensor.shape)} "
             f"where {tuple(expected)} was expected; please report this, with its placements"
         )
-    yield from _stretches(tensor, shape, held, place)
+    yield from _pieces_of_part(tensor, shape, held, place)
 
 
 def held_indices(
@@ -291,25 +291,25 @@ def is_first() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def _stretches(
-    local: Tensor, shape: Sequence[int], held: Sequence[list[range]], place: int
+def _pieces_of_part(
+    part: Tensor, shape: Sequence[int], held: Sequence[list[range]], place: int
 ) -> Iterator[tuple[Tensor, int]]:
     stride = prod(shape[1:])
     inner_is_whole = all(runs == [range(n)] for runs, n in zip(held[1:], shape[1:], strict=True))
-    height = 1 if stride > BLOCK else BLOCK // stride
+    height = 1 if stride > LARGEST_PIECE else LARGEST_PIECE // stride
     start = 0
     for run in held[0]:
         if inner_is_whole:
-            yield local.narrow(0, start, len(run)).reshape(-1), place + run.start * stride
+            yield part.narrow(0, start, len(run)).reshape(-1), place + run.start * stride
             start += len(run)
             continue
         for first in run[::height]:
-            part = local.narrow(0, start, min(height, run.stop - first))
-            start += part.shape[0]
-            if stride > BLOCK:
-                yield from _stretches(part[0], shape[1:], held[1:], place + first * stride)
+            rows = part.narrow(0, start, min(height, run.stop - first))
+            start += rows.shape[0]
+            if stride > LARGEST_PIECE:
+                yield from _pieces_of_part(rows[0], shape[1:], held[1:], place + first * stride)
             else:
-                yield _widened(part, shape[1:], held[1:]).reshape(-1), place + first * stride
+                yield _widened(rows, shape[1:], held[1:]).reshape(-1), place + first * stride
 
 
 def _widened(part: Tensor, shape: Sequence[int], held: Sequence[list[range]]) -> Tensor:

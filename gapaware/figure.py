@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FULL_LINES = 12  # more than that would hide the panels: short ticks at the bottom instead
 _LABEL_POINTS = 8.5
+_FORMATS = (".png", ".svg", ".pdf")
 
 
 def write_figure(
@@ -32,7 +33,7 @@ def write_figure(
 
     Args:
         runs: the records of one run (an optimizer's history will do), or a list of such runs.
-        path: the file; its ending is the format: .png, .svg or .pdf.
+        path: the file; its ending is the format: .png, .svg or .pdf. Missing folders are made.
         names: one title per run.
         subtitles: one small line per run, such as its settings.
 
@@ -47,9 +48,9 @@ def write_figure(
     """
     path = Path(path)
     figure = draw(runs, names=names, subtitles=subtitles)
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
+    if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"figure={str(path)!r}: no format of that ending; use .png, .svg or .pdf")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
 
@@ -138,7 +139,8 @@ def _mark_events(ax: Axes, records: Sequence[Record], *, labelled: bool) -> None
 
 def _title(ax: Axes, name: str, subtitle: str) -> None:
     lines = textwrap.wrap(subtitle, 88, max_lines=2, placeholder=" ...")
-    ax.set_title("\n".join(lines), loc="left", fontsize=8, color="#666666")
+    # a name or a setting may have a $
+    ax.set_title("\n".join(lines), loc="left", fontsize=8, color="#666666", parse_math=False)
     if name:
         ax.annotate(
             name,
@@ -149,6 +151,7 @@ def _title(ax: Axes, name: str, subtitle: str) -> None:
             fontsize=12,
             fontweight="bold",
             color=INK,
+            parse_math=False,
         )
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gapaware import GapAware, muon
+from gapaware import Distillation, GapAware, muon
 from gapaware.distributed import alone
 
 try:
@@ -67,12 +67,13 @@ def optimizer_cls_and_kwargs(
             of it.
         base: the optimizer to wrap.
 
-            - ``None``: the one that ``args.optim`` names, with the Trainer's own grouping (no decay
-              on biases and norms).
+            - ``None``: the one that ``args.optim`` names, with the grouping of a plain Trainer (no
+              decay on biases and norms); a subclass that groups in another way passes a function.
             - ``"adamw"``: ``torch.optim.AdamW`` with that grouping, whatever ``args.optim`` says.
             - ``"muon"``: `gapaware.muon`: Muon on hidden matrices, AdamW on the rest, both at
               ``args.learning_rate``, which Muon then matches to AdamW's step size.
-            - a function of the model that returns an optimizer, which may be a GapAware already.
+            - a function of the model that returns an optimizer. That may be a GapAware already, to
+              which the function gives the ``process_group`` where there are several processes.
         **options: for `GapAware`: ``mode``, ``window``, ``log_to``, ...
 
     Returns:
@@ -104,7 +105,7 @@ def optimizer_cls_and_kwargs(
         )
     if not (base is None or base in ("adamw", "muon") or _builds_from_a_model(base)):
         raise ValueError(
-            f"base={base!r}: pass None (the optimizer that args.optim names), 'adamw', 'muon', or "
+            f"base={base!r:.60}: pass None (the optimizer that args.optim names), 'adamw', 'muon', or "
             "a function of the model, such as "
             "base=lambda model: torch.optim.SGD(model.parameters(), lr=1e-2)"
         )
@@ -185,6 +186,7 @@ class GapAwareTrainerMixin(TrainerToMixInto):
 
     Raises:
         TypeError: ``distillation`` is no function.
+        ValueError: when training begins, it is a `gapaware.Distillation` of another model.
     """
 
     _loss_of_step: float | Tensor = 0.0
@@ -216,7 +218,8 @@ class GapAwareTrainerMixin(TrainerToMixInto):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss and, in training, the distillation's."""
-        batch = dict(inputs)  # a Trainer may take the labels out of its own
+        # a Trainer may take the labels out of its own
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs
         computed: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -239,6 +242,12 @@ class GapAwareTrainerMixin(TrainerToMixInto):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer does when a run begins: a step that another one left unfinished is forgotten."""
         self._loss_of_step, self._scales_of_step = 0.0, None
+        held = self.distillation
+        if isinstance(held, Distillation) and self.model is not None and not held.is_of(self.model):
+            raise ValueError(
+                "distillation: is of another model than the Trainer trains, and would hold nothing; build "
+                "it of the very module that is passed as model= (model_init= makes a new one)"
+            )
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         return optimizer
 

@@ -38,6 +38,8 @@ FEWEST, SOONEST = 4, 1 / 3
 # where little can be lost
 COHERENT_LEAP = 6.0
 CERTAIN = 0.6
+# windows in which every update went the same way while the loss fell well, until that could be faster
+LASTING = 3
 LENGTHENING = 1.1
 LEAVING = 1.5
 # by the loss
@@ -92,10 +94,11 @@ def drift_law(observation: Observation) -> Decision:
 
     Where the loss falls well, by a quarter in the last dozen snapshots or at that pace in fewer, and there
     is no pull, training is fine: f does not grow, and one below 5, which is hardly what makes it fall,
-    shrinks. Nor does f grow once the schedule has come down by a quarter of its peak. c* is for a momentum
-    such as AdamW's; with one that makes updates twice as long it is twice as large, since noise adds up
-    more slowly than drift does. After a warm-up f leaves 1 only where c − s > 3·c* or the loss stands
-    still: who takes that care has chosen the learning rate with some.
+    shrinks. Only where it has fallen so for three windows, with c − s > 0.6 all the while, is the learning
+    rate too small all the same, and f grows on. Nor does f grow once the schedule has come down by a
+    quarter of its peak. c* is for a momentum such as AdamW's; with one that makes updates twice as long it
+    is twice as large, since noise adds up more slowly than drift does. After a warm-up f leaves 1 only
+    where c − s > 3·c* or the loss stands still: who takes that care has chosen the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
     shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
@@ -156,7 +159,7 @@ def drift_law(observation: Observation) -> Decision:
 
 def _decide(observation: Observation) -> Decision:
     highest = max(float(observation.memory.get("highest_lr", 0.0)), float(observation.lrs[-1]))
-    memory = {**observation.memory, "highest_lr": highest, "push": observation.push}
+    memory = {**observation.memory, "highest_lr": highest, "push": observation.push, "straight": 0}
     # where a loss is logged now and then, what the last one told counts until the next
     trend = Trend.from_memory(memory.get("trend"))
     told = observation.loss is not None and isfinite(observation.loss)
@@ -206,13 +209,16 @@ def _decide(observation: Observation) -> Decision:
         factor, why = 1.0, "too little drift for one who warms up, hold"
     if factor > 1 and observation.lrs[-1] < COOLING * peak:
         factor, why = 1.0, "the schedule comes down, hold"
+    if trend.fine and motion.full and motion.drift.certain > CERTAIN:
+        memory["straight"] = int(observation.memory.get("straight", 0)) + 1
+    faster = factor > 1 and memory["straight"] > LASTING * observation.window
     # under a pull all is fine from the first step on, and a learning rate that is too small stays so
-    if trend.fine and factor > 1 and not observation.pull:
+    if trend.fine and factor > 1 and not (faster or observation.pull):
         factor, why = 1.0, "the loss falls well, hold"
     # where nothing takes weights back the way down has rules of its own, and under a pull f stays
     small = 1 < observation.scale < SMALL and not (observation.pull or _unbounded(observation))
     slower = SHRINKAGE ** _thirds(observation)
-    if told and trend.fine and small and slower < factor:
+    if told and trend.fine and small and slower < factor and not faster:
         factor, why = slower, "the loss falls well without it, shrink"
     if factor > limit:
         factor, why = limit, "steps as large as the weights allow"

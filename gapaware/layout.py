@@ -99,8 +99,8 @@ def rows(param_groups: Sequence[dict[str, Any]], granularity: str) -> list[Row]:
 
     Args:
         param_groups: of the wrapped optimizer.
-        granularity: "global" and "group" give one row a group; "block" gives one a layer where the
-            group has parameter names (`named_parameters()`), else one a tensor.
+        granularity: "global" and "group" give one row a group; "block" gives one a layer where names
+            (`named_parameters()`) number it, as in "blocks.3.weight", else one a tensor.
 
     Returns:
         The rows, in the order of the groups; groups without trainable parameters have none.
@@ -177,7 +177,7 @@ def _divided(
     size_of: dict[str, int] = {}
     for size, unit in zip(sizes, units, strict=True):
         size_of[unit] = size_of.get(unit, 0) + size
-    number_of = dict(zip(size_of, parts(tuple(size_of.values()), MOST_BLOCKS), strict=True))
+    number_of = dict(zip(size_of, grouped(tuple(size_of.values()), MOST_BLOCKS), strict=True))
     stretches: list[Stretch] = []
     blocks: dict[int, tuple[str, int, int]] = {}
     of_block: dict[int, list[int]] = {}
@@ -198,7 +198,7 @@ def _divided(
     return tuple(stretches), tuple(signatures)
 
 
-def parts(sizes: Sequence[int], most: int) -> list[int]:
+def grouped(sizes: Sequence[int], most: int) -> list[int]:
     """Put neighbours together until there are few parts, none larger than need be.
 
     Args:
@@ -210,7 +210,7 @@ def parts(sizes: Sequence[int], most: int) -> list[int]:
         small as `most` allows.
 
     Example:
-        >>> parts([9, 1, 1, 2, 1], most=3)
+        >>> grouped([9, 1, 1, 2, 1], most=3)
         [0, 1, 1, 2, 2]
     """
 

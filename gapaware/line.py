@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -117,18 +118,11 @@ class Line:
         self._sharded = _fully_sharded(model)
         self._memory = [] if self._sharded else _memory(model)
         self._tracks = []
-        shared = False
         for tensor, start, is_fresh in pairs:
             place, start = local(tensor.detach()), local(start.detach())
-            shared |= place.numel() > 0 and place.data_ptr() == start.data_ptr()
             if not torch.equal(between(start, place, 0.0), place):
                 end = place.to(storage_device or place.device, copy=True)
                 self._tracks.append(Track(place, start, end, is_fresh))
-        if shared and not self._tracks:
-            raise ValueError(
-                "anchor: it is the model's own memory, not a copy, so that training has changed it too; "
-                "before training take anchor = gapaware.starting_weights(model)"
-            )
 
     def go(self, share: float, fresh: float = 1.0) -> None:
         """Put the model at a share of the way, and what is `fresh` at its own."""
@@ -197,6 +191,11 @@ def matched(
             missing.append(names[0])
     if unknown:
         raise ValueError(f"fresh={sorted(unknown)}: no parameter or buffer of the model starts so")
+    if pairs and all(is_fresh for *_, is_fresh in pairs) and not missing:
+        raise ValueError(
+            f"fresh={sorted(fresh)}: everything that the anchor has, so that nothing would go back; name "
+            "only what had no meaning at the start"
+        )
     if missing:
         raise ValueError(
             f"anchor: it lacks {arguments.some(missing)} of the model and has "
@@ -216,9 +215,11 @@ def matched(
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """The floating-point and complex tensors in a state dict, each with all its names."""
+    # what `get_extra_state` makes anew for each state dict is no weight
+    own = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
     named: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+        if id(tensor) in own and (tensor.is_floating_point() or tensor.is_complex()):
             named.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(named.values())
 
@@ -246,8 +247,8 @@ def _memory(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
     ]
 
 
-def _address(tensor: Tensor) -> tuple[int, torch.dtype]:
-    return tensor.data_ptr(), tensor.dtype
+def _address(tensor: Tensor) -> tuple[torch.device, int, torch.dtype]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype
 
 
 def _present(name: str, tensor: Tensor) -> Tensor:
@@ -268,6 +269,11 @@ def _fitting(name: str, tensor: Tensor, given: Any) -> Tensor:
         tensor,
         instead="pass the weights that this model started from, or name it in `fresh` and leave it out",
     )
+    if may_change(tensor) and _address(local(tensor.detach())) == _address(local(start.detach())):
+        raise ValueError(
+            f"anchor[{name!r}] is the model's own memory, not a copy, so that training changes it too; "
+            "before training take anchor = gapaware.starting_weights(model)"
+        )
     alike = is_dtensor(tensor) == is_dtensor(start)
     if alike and is_dtensor(tensor) and is_dtensor(start):
         alike = (tensor.device_mesh, tensor.placements) == (start.device_mesh, start.placements)

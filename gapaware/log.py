@@ -75,9 +75,11 @@ class LogFile:
         if self.path.is_file():  # a device or a pipe is written to as it is
             with self.path.open("rb") as old:
                 found = _read_header(old, self.path)
+            # one of another gapaware is left whole
+            ours = found is not None and found.get("schema") == SCHEMA
             if found is None:
                 os.truncate(self.path, 0)
-            elif self._resume_after is not None and found.get("run") == header["run"]:
+            elif ours and self._resume_after is not None and found.get("run") == header["run"]:
                 unended = _cut(self.path, self._resume_after)
                 header = {}
             else:
@@ -122,6 +124,11 @@ def read_log(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:
         header = _read_header(stream, path)
         if header is None:
             raise ValueError(f"{path}: empty: its run has not reached its first snapshot")
+        if header.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{path}: schema {header.get('schema')} of gapaware {header['gapaware']}, this gapaware "
+                f"reads schema {SCHEMA}; read it with the gapaware that wrote it, or a newer one"
+            )
         for number, raw in enumerate(stream, start=2):
             record = _parse(raw)
             if record is not None and "step" in record:
@@ -171,7 +178,7 @@ def _write_line(stream: FileIO, record: Record) -> None:
 def _parse(line: bytes) -> Record | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested a thousand deep
         return None
     return value if isinstance(value, dict) else None
 
@@ -185,11 +192,6 @@ def _read_header(stream: IO[bytes], path: Path) -> Record | None:
         if begun and not line.endswith(b"\n"):
             return None
         raise ValueError(f"{path}: not a gapaware log; pass a file written through log_to=")
-    if header.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path}: schema {header.get('schema')} of gapaware {header['gapaware']}, this "
-            f"gapaware reads schema {SCHEMA}; upgrade gapaware"
-        )
     return header
 
 

@@ -48,6 +48,8 @@ class Means:
             value = value.detach().reshape(()).to(torch.float32, copy=True)
         else:
             try:
+                if isinstance(value, str | bytes | bool):  # which float would take
+                    raise TypeError(f"{type(value).__name__}, no number")
                 value = float(value)
             except (TypeError, ValueError) as error:
                 raise TypeError(

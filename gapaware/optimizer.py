@@ -27,7 +27,7 @@ from gapaware.momentum import memory_steps
 from gapaware.observer import NotFinite, Observer, RankFault
 from gapaware.record import fault_record, record
 from gapaware.refusals import refuse_base, refuse_capture, refuse_factors
-from gapaware.scaling import Scales, scaled
+from gapaware.scaling import Scales, as_they_are, scaled
 from gapaware.settings import settle
 from gapaware.sighting import Sighting
 from gapaware.steering import ControllerFault, Outcome, Steering
@@ -84,11 +84,12 @@ class GapAware(Evaluating):
         anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. The pull is to
             what they are in it. Both only where there is an anchor.
         granularity: "global" for one factor, "group" for one a parameter group, "block" for one a layer
-            (with `named_parameters()`) or tensor, where `base` is one of torch's.
+            that `named_parameters()` number, such as "blocks.3", else a tensor, where `base` is one of
+            torch's.
         controller: a callable that decides instead of the built-in law; see `gapaware.controller`.
         risk_limit: warn once when the risk of forgetting passes it, `history[-1]["risk"]`: the squared
             distance from the weights at the first step relative to them, ‖θ − θ_0‖²/‖θ_0‖², the mean over
-            layers (with `named_parameters()`) or tensors. Groups with `"anchor": False`, such as a new
+            such layers or tensors (see `granularity`). Groups with `"anchor": False`, such as a new
             head, are left out, and so is what begins to train in mid-run.
             What is too far depends on the task: find the limit on runs of which you know what they forgot.
             None for no warning.
@@ -191,7 +192,11 @@ class GapAware(Evaluating):
         self._midway = False
         self._next_snapshot = self._interval
         self._observer = Observer(
-            settled.window, sketch_dim, granularity, seed, ranks_of(process_group)
+            settled.window,
+            settled.sketch_dim,
+            granularity,
+            settled.seed,
+            ranks_of(process_group),
         )
         self._steering = Steering(
             settled.controller,
@@ -212,7 +217,7 @@ class GapAware(Evaluating):
         self._started = time.time()
         self.seconds = 0.0
         self.history = History(
-            limit=history_size,
+            limit=settled.history_size,
             log_to=log_to if is_first() else None,
             header={
                 "base": type(base).__name__,
@@ -247,13 +252,14 @@ class GapAware(Evaluating):
             loss: float | None = self.base.step(**kwargs)
             return loss
         factors = self._begin()
-        with scaled(self.base, *factors) as self._given:
-            try:
+        # before the first group is scaled and until the last is itself again
+        self._given = as_they_are(self.base, *factors)
+        try:
+            with scaled(self.base, *factors):
                 # some optimizers know of no closure
-                given = () if closure is None else (closure,)
-                loss = self.base.step(*given, **kwargs)
-            finally:
-                self._given = ()
+                loss = self.base.step(*(() if closure is None else (closure,)), **kwargs)
+        finally:
+            self._given = ()
         self._move(*factors)
         self._finish(loss)
         return loss
@@ -321,7 +327,7 @@ class GapAware(Evaluating):
         self._steps += 1
         if self._entrusted is not None and not self._is_idle():
             self._entrusted = None
-        interval = self._interval
+        interval, keeps = self._interval, False
         scales = [self._steering.scales(name) for name in self._observer.names]
         with self._guarded("a snapshot"):
             due = self._steps >= self._next_snapshot
@@ -337,18 +343,27 @@ class GapAware(Evaluating):
             shares = [] if self._anchor is None else self._anchor.shares(groups)
             self._observer.account(self.base, scales, shares)
             if due:
-                self._decide()
+                keeps = self._decide()
         if self._steps >= self._next_snapshot:
             # ranks that share a sketch have to meet again even if only some of them could decide
             pause = interval if self._is_shared() else self._interval
             self._next_snapshot = self._steps + pause
             with self._guarded("a snapshot"):
-                self._look(scales)
+                self._look(scales, keeps=keeps)
+                if keeps:
+                    # waits for the snapshot: a copy of weights that have overflowed is no way back
+                    self._observer.check()
+                    self._copies.keep(self.base, self._steps)
         if due and self._risk_limit is not None:
             self._warn_of_risk(self._risk_limit)
 
-    def _look(self, scales: list[Scales]) -> None:
-        """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
+    def _look(self, scales: list[Scales], *, keeps: bool) -> None:
+        """Take a snapshot; what it shows is decided on at the next one, when it is on the host.
+
+        Args:
+            scales: on each row since the last one.
+            keeps: whether these weights will be kept.
+        """
         if self._is_idle():
             return
         groups = self.base.param_groups
@@ -360,7 +375,7 @@ class GapAware(Evaluating):
             scales,
             anchor,
             loss=self._metrics.mean("loss"),
-            kept=kept,
+            kept=kept or keeps,
             back=kept and self._returning is not None,
         )
         if sighting is not None:
@@ -377,14 +392,16 @@ class GapAware(Evaluating):
         lrs = [group["lr"] for group in self.base.param_groups]
         return not any(is_remote(lr) or float(lr) != 0.0 for lr in lrs)
 
-    def _decide(self) -> None:
+    def _decide(self) -> bool:
+        """Decide on the last snapshot; whether the weights of now are to be kept."""
         if self._pending is None:
-            return
+            return False
         (sighting, waiting), self._pending = self._pending, None
         metrics, interval = arrived(waiting), self._interval
         shared, said = self._is_shared(), sighting.said
         if said is not None and said.loss is not None:
             metrics["loss"] = said.loss
+        before = [self._steering.scales(name).lr for name in sighting.names]
         agreed, self._returning = self._returning, None
         if agreed is not None and said is not None and said.back:
             outcome, goes = agreed, self._copies.rescue.holds
@@ -404,18 +421,18 @@ class GapAware(Evaluating):
         if goes:
             back_to = self._copies.put_back(self.base)
             self._observer.restart()
+            self._metrics = Means()  # of the weights that are gone
             outcome = replace(outcome, why=f"{outcome.why} to the weights of step {back_to}")
-        if outcome.keep and self._returning is None and (shared or alone()):
-            self._copies.keep(self.base, self._steps)
         raised = [factor for seen in sighting.conditions for factor in seen.scales]
-        if max([*raised, *(scales.lr for scales in after)]) <= 1:
+        if max([*raised, *before, *(scales.lr for scales in after)]) <= 1:
             # not before a window without one: what a factor began may overflow after it was taken off
             self._copies.rescue.forget()
         self.history.append(record(sighting, outcome, after, metrics, clock, back_to))
+        return outcome.keep and self._returning is None and (shared or alone())
 
     def _ask(self, sighting: Sighting, metrics: dict[str, float], *, shared: bool) -> Outcome:
         """What the controller decides, from what all ranks know that share the sketch."""
-        groups = [self.base.param_groups[number] for number in self._observer.row_groups]
+        groups = [self.base.param_groups[number] for number in sighting.groups]
         # where the host would have to wait for today's, the last one that has arrived
         last = sighting.conditions[-1].lrs
         lrs = [last[row] if is_remote(g["lr"]) else float(g["lr"]) for row, g in enumerate(groups)]
@@ -523,17 +540,21 @@ class GapAware(Evaluating):
 
     def _fault(self, doing: str, error: Exception) -> None:
         """Go on as the wrapped optimizer alone would, and say so."""
-        decided = isinstance(error, ControllerFault)
+        by_controller = isinstance(error, ControllerFault)
         # a controller that fails twice in a row may do so for what it remembers
-        again = decided and len(self.history) > 0 and self.history[-1]["decision"] == "fault"
-        lost = isinstance(error, NotFinite) and not isinstance(error, RankFault)
-        lost = lost and self._all_keep()
+        again = by_controller and len(self.history) > 0 and self.history[-1]["decision"] == "fault"
+        overflow = isinstance(error, NotFinite) and not isinstance(error, RankFault)
+        lost = overflow and self._all_keep()
         why = f"{doing}: {type(error).__name__}: {error}"
         self._steering.release(keep_memory=not again, lost=lost, shared=self._is_shared())
         back_to = self._copies.put_back(self.base) if lost else None
         if lost:
-            why += f"; weights and state are those of step {back_to} again"
-        if not decided:
+            why += (
+                f"; weights and state are those of step {back_to} again, and no factor goes above "
+                f"{self._steering.max_scale:.3g} from here on (statistics of BatchNorm may hold NaN: "
+                "reset_running_stats())"
+            )
+        if not by_controller:
             self._observer.restart()
         self._pending = self._returning = None
         self._metrics = Means()

@@ -35,6 +35,21 @@ def scaled_places(
             yield place, parameter, by_group[place[0]] if place[0] < len(by_group) else NEUTRAL
 
 
+def without_gradient(groups: Groups) -> set[int]:
+    """The parameters, by id, that the last step left alone: others had a gradient, these had none.
+
+    Example:
+        >>> import torch
+        >>> one, other = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+        >>> one.sum().backward()
+        >>> without_gradient([{"params": [one, other]}]) == {id(other)}
+        True
+    """
+    idle = {id(p) for _, p in places(groups) if p.grad is None}
+    # what steps without gradients, or frees them as it goes, moves all of them
+    return idle if any(p.grad is not None for _, p in places(groups)) else set()
+
+
 def to_state(weights: Mapping[Place, Tensor]) -> dict[str, Tensor]:
     """Weights by place, with keys as a checkpoint has them: "group.index"."""
     return {f"{group}.{index}": kept for (group, index), kept in weights.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from gapaware.distributed import local
 from gapaware.lr import is_remote
 from gapaware.momentum import TIME_CONSTANTS, memory_steps
-from gapaware.places import Groups, Place, from_state, scaled_places, to_state
+from gapaware.places import Groups, Place, from_state, scaled_places, to_state, without_gradient
 from gapaware.room import check_room
 from gapaware.scaling import Scales
 
@@ -74,7 +74,8 @@ class Push:
     ) -> None:
         """Move each parameter by λ·m. At the first push m is 0, and without one it is forgotten.
 
-        Nor does anything move whose learning rate is 0, as far as the host knows it.
+        Nor does anything move that has no gradient in this step, as with any optimizer, or whose learning
+        rate is 0, as far as the host knows it.
 
         Args:
             groups: of the wrapped optimizer, after its step.
@@ -93,7 +94,7 @@ class Push:
             return
         rate = TIME_CONSTANTS / max(LEAST_MEMORY, memory_steps(groups))
         alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        begin = []
+        begin, idle = [], without_gradient(groups)
         for place, parameter, chosen in scaled_places(groups, by_group, by_parameter):
             lr = groups[place[0]].get("lr")
             stopped = lr is not None and not is_remote(lr) and float(lr) == 0.0
@@ -104,6 +105,8 @@ class Push:
                 begin.append((place, parameter))
                 continue
             self._behind[place] = behind = behind.to(parameter.device, parameter.dtype)
+            if id(parameter) in idle:
+                continue
             here, lagging = local(parameter), local(behind)
             moved, along = alike.setdefault((chosen.push, here.device, here.dtype), ([], []))
             moved.append(here)

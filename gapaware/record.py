@@ -28,8 +28,8 @@ def record(
         back_to: the step whose weights are in the model again, where they have gone back.
 
     Returns:
-        With the keys step, lr and lr_scaled (a value for each parameter group, before and after
-        scaling), scale (the factor during the update), next_scale (the one decided on),
+        With the keys step, lr and lr_scaled (a value for each parameter group that trains, before and
+        after scaling), scale (the factor during the update), next_scale (the one decided on),
         weight_decay_scale, regime, decision, why and spectrum; risk (of forgetting) where the start is
         known; pull, push, average and momentum_scale (those decided on) where there are any; scales by row
         when there are several factors; loss and metrics where they were logged; back_to where there is

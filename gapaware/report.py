@@ -30,8 +30,8 @@ def write_report(
     Raises:
         TypeError: `paths` is one path.
         OSError: a log cannot be read, or the figure cannot be written.
-        ValueError: a file is not a gapaware log or has no records, or the figure's ending is no
-            format.
+        ValueError: there are no paths, a file is not a gapaware log or has no records, or the figure's
+            ending is no format.
         ImportError: matplotlib, which only the figure needs, is not installed.
     """
     runs = read_runs(paths)
@@ -44,6 +44,8 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """The runs of several logs, as (path, header, records); errors as in `write_report`."""
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"paths={str(paths)!r}: pass a list of paths, such as [{str(paths)!r}]")
+    if not paths:
+        raise ValueError("paths=[]: no logs; pass files written through log_to=")
     runs = [(Path(path), *read_log(path)) for path in paths]
     for path, _, records in runs:
         if not records:

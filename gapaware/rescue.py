@@ -31,7 +31,8 @@ class Rescue:
 
     What it remembers is its state, the numbers that it writes into its parameter groups, and both of an
     optimizer that it has inside, as Lookahead has. The copy is not saved with the optimizer's state: a run
-    that resumes keeps its weights of then instead. Running statistics in a model's buffers are not in it.
+    that resumes keeps its weights of then instead. Running statistics in a model's buffers are not in it:
+    once they have seen NaN they have it until they are reset.
 
     Args:
         allowed: whether to keep any.
@@ -82,10 +83,13 @@ class Rescue:
             self._kept = {
                 (number, place): (weights[id(p)], _copied(own.state.get(p, {})))
                 for number, own in enumerate(_remembering(optimizer))
-                for place, p in places(own.param_groups)
+                for place, p in _moving(own)
             }
             self._numbers = [_copied(_numbers(own.param_groups)) for own in _remembering(optimizer)]
-        except (MemoryError, torch.OutOfMemoryError):
+        except (
+            MemoryError,
+            RuntimeError,
+        ):  # on a CPU an allocation that fails is no more than that
             self.forget()
             return
         self._step = step
@@ -147,17 +151,24 @@ def _remembering(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer
     ]
 
 
+def _moving(own: torch.optim.Optimizer) -> Iterator[tuple[Place, Tensor]]:
+    """The parameters that it may move; a frozen backbone would double a model's memory for nothing."""
+    for place, parameter in places(own.param_groups):
+        if parameter.requires_grad or own.state.get(parameter):
+            yield place, parameter
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Each once, though an optimizer and the one inside it have the same."""
     owners = _remembering(optimizer)
-    return list({id(p): p for own in owners for _, p in places(own.param_groups)}.values())
+    return list({id(p): p for own in owners for _, p in _moving(own)}.values())
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """What is copied, but for numbers and for state that is nested in something else."""
     yield from _parameters(optimizer)
     for own in _remembering(optimizer):
-        for _, parameter in places(own.param_groups):
+        for _, parameter in _moving(own):
             state = own.state.get(parameter, {}).values()
             yield from (value for value in state if isinstance(value, Tensor))
 

@@ -48,7 +48,7 @@ def as_given(given: Given) -> Iterator[None]:
     """Put other groups in the place of scaled ones; a step that is under way has those it began with.
 
     Args:
-        given: from `scaled`.
+        given: from `as_they_are`.
     """
     scaled_ones = [(leaf, leaf.param_groups) for leaf, _ in given]
     try:
@@ -60,7 +60,20 @@ def as_given(given: Given) -> Iterator[None]:
             leaf.param_groups = groups
 
 
-def _given(optimizer: torch.optim.Optimizer) -> Given:
+def as_they_are(
+    optimizer: torch.optim.Optimizer,
+    by_group: Sequence[Scales],
+    by_parameter: Mapping[int, Scales] | None = None,
+) -> Given:
+    """The groups before `scaled`, for a checkpoint that is made in the middle of a step.
+
+    Args:
+        optimizer: the wrapped one.
+        by_group: as for `scaled`. Where all are neutral, no group has to be put in place of another.
+        by_parameter: likewise.
+    """
+    if by_parameter is None and all(scales.neutral for scales in by_group):
+        return ()
     return [(leaf, [dict(group) for group in leaf.param_groups]) for leaf in leaves(optimizer)]
 
 
@@ -69,10 +82,8 @@ def scaled(
     optimizer: torch.optim.Optimizer,
     by_group: Sequence[Scales],
     by_parameter: Mapping[int, Scales] | None = None,
-) -> Iterator["Given"]:
+) -> Iterator[None]:
     """Scale the hyperparameters of an optimizer's groups and put them back, whatever happens.
-
-    Hands out the groups as they were given, for a checkpoint that is made in the middle of the step.
 
     Neutral groups are not touched at all. Schedulers may overwrite or multiply `group["lr"]` between
     steps and never see a scaled one.
@@ -92,17 +103,18 @@ def scaled(
         0.1
     """
     if by_parameter is not None:
-        given = _given(optimizer)
         with _divided(optimizer, by_parameter):
-            yield given
+            yield
         return
-    given = [] if all(scales.neutral for scales in by_group) else _given(optimizer)
-    kept = []
+    kept: list[tuple[dict[str, Any], str, float, Any, Any]] = []
     try:
         groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
         for (leaf, group), scales in zip(groups, by_group, strict=True):
-            kept += [(group, *change) for change in _apply(leaf, group, scales)]
-        yield given
+            for key, factor, during in _changes(leaf, group, scales):
+                # noted first: what interrupts here leaves nothing scaled
+                kept.append((group, key, factor, group[key], during))
+                group[key] = during
+        yield
     finally:
         for group, key, factor, before, during in kept:
             # written during the step, by a hook with a scheduler or the optimizer itself
@@ -112,24 +124,21 @@ def scaled(
                 group[key] = group[key] / factor
 
 
-def _apply(
+def _changes(
     leaf: torch.optim.Optimizer, group: dict[str, Any], scales: Scales
-) -> list[tuple[str, float, Any, Any]]:
-    """Scale a group's values; return (key, factor, value before, value now) of what changed."""
-    changes: list[tuple[str, float, Any, Any]] = []
+) -> Iterator[tuple[str, float, Any]]:
+    """What scales make of a group's values: key, factor, value."""
     for key, factor in (("lr", scales.lr), ("weight_decay", scales.weight_decay)):
         before: Any = group.get(key)
         if factor != 1.0 and is_number(before):
             # a tensor lr is replaced, not multiplied in place: a scheduler may hold the same tensor
-            group[key] = before * factor
-            changes.append((key, factor, before, group[key]))
+            yield key, factor, before * factor
     # of other optimizers betas[0] may be something else, such as where Schedule-Free takes its gradient
     if scales.momentum != 1.0 and isinstance(leaf, torch.optim.Adam):
         betas = group["betas"]
         if isinstance(betas[0], float):  # a tensor may be on a GPU
-            group["betas"] = (max(0.0, 1 - (1 - betas[0]) / scales.momentum), *betas[1:])
-            changes.append(("betas", scales.momentum, betas, group["betas"]))
-    return changes
+            shorter = max(0.0, 1 - (1 - betas[0]) / scales.momentum)
+            yield "betas", scales.momentum, (shorter, *betas[1:])
 
 
 @contextmanager
@@ -165,7 +174,7 @@ def _parts(
         part = {**group, "params": [group["params"][i] for i in members]}
         if "param_names" in group:
             part["param_names"] = [group["param_names"][i] for i in members]
-        _apply(leaf, part, scales)
+        part |= {key: value for key, _, value in _changes(leaf, part, scales)}
         parts.append(part)
     return parts
 

@@ -28,6 +28,7 @@ class Settings:
         mode: never "auto", but what it stands for.
         window: W.
         interval: optimizer steps to the first snapshot.
+        sketch_dim: length of the sketch, or None for exact updates.
         controller: None to observe only.
         target: what the built-in law steers to.
         min_scale: smallest factor on the learning rate.
@@ -35,11 +36,14 @@ class Settings:
         max_push: strongest push along the recent steps.
         pull: towards the starting weights, before there is anything to decide on.
         anchor: what to pull to, or None.
+        history_size: records kept in memory.
+        seed: of the sketch.
     """
 
     mode: str
     window: int
     interval: int
+    sketch_dim: int | None
     controller: Controller | None
     target: float
     min_scale: float
@@ -47,6 +51,8 @@ class Settings:
     max_push: float
     pull: float
     anchor: str | Mapping[str, Tensor] | None
+    history_size: int
+    seed: int
 
 
 def settle(
@@ -91,10 +97,10 @@ def settle(
     window = arguments.integer(
         "window", window, low=MIN_UPDATES, why="a gap that moves needs a few updates"
     )
-    law = controller or chosen.law
+    law = chosen.law if controller is None else controller
     memory = memory_steps(param_groups)
     if sketch_dim is not None:
-        arguments.integer(
+        sketch_dim = arguments.integer(
             "sketch_dim",
             sketch_dim,
             low=64,
@@ -142,8 +148,10 @@ def settle(
             raise ValueError(
                 f'max_push={max_push}: mode="{mode}" never pushes; leave it out, or pass mode="escape"'
             )
-    arguments.integer("history_size", history_size, low=1, why="records kept in memory")
-    arguments.integer("seed", seed, low=0, why="seed of the sketch")
+    history_size = arguments.integer(
+        "history_size", history_size, low=1, why="records kept in memory"
+    )
+    seed = arguments.integer("seed", seed, low=0, why="seed of the sketch")
     _check_controller(controller, mode)
     anchor = _anchor(anchor, mode, chosen, controller)
     for name, kept in (("anchor_device", anchor_device), ("anchor_dtype", anchor_dtype)):
@@ -158,6 +166,7 @@ def settle(
         mode=mode,
         window=window,
         interval=steps,
+        sketch_dim=sketch_dim,
         controller=law,
         target=target,
         min_scale=low,
@@ -165,6 +174,8 @@ def settle(
         max_push=push,
         pull=chosen.first_pull if controller is None else 0.0,
         anchor=anchor,
+        history_size=history_size,
+        seed=seed,
     )
 
 

@@ -92,6 +92,10 @@ class Resumable(Wrapper):
         # a job that is told to end may save in the middle of a step
         with as_given(self._given):
             theirs = self.base.state_dict()
+        copies = self._copies
+        if not self._given:
+            # or a run that resumes from here would take what others have written for a step of its own
+            copies = copies.noticed(self.base.param_groups, self._steps)
         return {
             **theirs,
             "gapaware": {
@@ -104,8 +108,7 @@ class Resumable(Wrapper):
                 "observer": self._observer.state_dict(),
                 "steering": self._steering.state_dict(),
                 "anchor": None if self._anchor is None else self._anchor.state_dict(),
-                # or a run that resumes from here would take what others have written for a step of its own
-                **self._copies.noticed(self.base.param_groups, self._steps).state_dict(),
+                **copies.state_dict(),
                 "history": self.history.state_dict(),
                 "metrics": self._metrics.state_dict(),
                 "pending": pending,
@@ -175,9 +178,13 @@ class Resumable(Wrapper):
                 if not all(0 <= group < groups for group in observer.row_groups):
                     raise ValueError(f"rows of parameter groups {observer.row_groups}, of {groups}")
             else:
+                kept = "factors are kept"
+                if ours["observer"]["settings"].get("granularity") != settings["granularity"]:
+                    steering.regroup()
+                    kept = "the smallest of the factors is kept for all rows"
                 caution(
                     f"the state was saved with {ours['observer']['settings']}, this GapAware has "
-                    f"{settings}: factors are kept, the window starts empty"
+                    f"{settings}: {kept}, the window starts empty"
                 )
             return {
                 "_observer": observer,

@@ -106,12 +106,19 @@ class Steering:
             # it takes memory: what went wrong may be the lack of it
             self._may_push = False
         if lost:
-            self._survived = max(1.0, min(self._survived, self._largest) ** 0.5)
+            largest = max(self._largest, *(scales.lr for scales in self._scales.values()), 1.0)
+            self._survived = max(1.0, min(self._survived, largest) ** 0.5)
             self._may_push = False
         self._scales = {}
         if shared or not keep_memory:
             self._memory = {}
         self._undecided = NEUTRAL
+
+    def regroup(self) -> None:
+        """Take the smallest of the factors for all, where the rows are others from here on."""
+        if self._scales:
+            self._undecided = min(self._scales.values(), key=lambda scales: scales.lr)
+        self._scales, self._memory = {}, {}
 
     def restarted(self, step: int) -> dict[str, Any] | None:
         """Note that the window began anew, as it does where other parameters train from now on.
@@ -302,6 +309,7 @@ class Steering:
             "memory": {name: dict(memory) for name, memory in self._memory.items()},
             "may_push": self._may_push,
             "survived": self._survived,
+            "largest": self._largest,
             "losses": list(self._losses),
             "restarts": self.restarts,
         }
@@ -323,7 +331,7 @@ class Steering:
         }
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(max_push, *state["undecided"])
-        self._survived = survived
+        self._survived, self._largest = survived, float(state.get("largest", 1.0))
         self._losses = tuple(float(loss) for loss in state.get("losses", ()))[-RECENT:]
         self.restarts = int(state.get("restarts", 0))
         self._may_push, self._scales, self._memory, self._undecided = (

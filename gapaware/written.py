@@ -1,6 +1,6 @@
 """Tells weights that others have written from those that training has moved: a best model loaded, say."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ class Written:
             step: optimizer steps made so far.
             counts: whether this goes into what `takes_part` knows.
         """
+        if not self._stamps and self._last == step - 1 and counts:
+            # in a run that has resumed: who has taken part so far, goes on
+            self._before, self._last = self._last, step
         found = {
             place: parameter
             for place, parameter in (places(groups) if self._stamps else ())
@@ -99,6 +102,14 @@ class Written:
     def takes_part(self, step: int) -> bool:
         """Whether there was a write before this step, and before the one before it."""
         return self._last == step and self._before == step - 1
+
+    def state_dict(self) -> list[int | None]:
+        """What tells somebody who takes part: the last two steps before which there was a write."""
+        return [self._before, self._last]
+
+    def load_state_dict(self, state: Sequence[Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._before, self._last = (None if step is None else int(step) for step in state)
 
     def __getstate__(self) -> dict[str, Any]:
         # the parameters of a copy count anew

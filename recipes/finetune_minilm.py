@@ -388,7 +388,6 @@ def taken_back(
         old_after=after[f"eval_{OLD}_accuracy"],
         new_after=after[f"eval_{NEW}_accuracy"],
         seconds=trained.seconds + seconds,
-        gapaware_seconds=trained.gapaware_seconds + seconds,
         scores=[],
         learning_rates=[],
         log=None,
@@ -563,8 +562,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     print(summary(results, old.name, new.name))
     print(
         f"\nAccuracy on {settings.held_out} held-out texts per task (standard error of one run at "
-        f"most {error:.1f} points), mean of {len(options.seeds)} seed(s); seconds are training steps "
-        "only.\n"
+        f"most {error:.1f} points), mean of {len(options.seeds)} seed(s); seconds are those of "
+        "training steps, and of consolidating.\n"
         f"The whole took {time.perf_counter() - started:.0f} s.\n"
         f"Figure:  {figure}\n"
         f"Results: {raw}"

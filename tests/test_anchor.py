@@ -613,3 +613,16 @@ def test_a_plain_checkpoint_leaves_a_new_head_alone():
     optimizer = GapAware(base(anchor=False), mode="retain")
     optimizer.load_state_dict(plain.state_dict())
     assert [group.get("anchor") for group in optimizer.param_groups] == [None, False]
+
+
+def test_what_has_no_gradient_is_not_pulled():
+    one, other = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = GapAware(torch.optim.SGD([one, other], lr=1e-2), mode="retain")
+    for _ in range(3):
+        one.grad, other.grad = torch.ones(4), torch.ones(4)
+        optimizer.step()
+    before, there = other.detach().clone(), one.detach().clone()
+    one.grad, other.grad = torch.zeros(4), None
+    optimizer.step()
+    assert torch.equal(other, before)
+    assert (one > there).all()

@@ -8,7 +8,7 @@ import torch
 
 from gapaware.blocks import CHUNK, WIDTH
 from gapaware.hashing import chunk_flips, chunk_offsets, sign_table
-from gapaware.layout import MOST_BLOCKS, parts, rows
+from gapaware.layout import MOST_BLOCKS, grouped, rows
 from gapaware.sketch import CHUNKS_PER_FLUSH, CountSketch
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_parts_are_as_small_as_they_can_be():
     rng = np.random.default_rng(0)
     for _ in range(100):
         sizes, most = rng.integers(0, 20, 8).tolist(), int(rng.integers(1, 8))
-        numbers = parts(sizes, most)
+        numbers = grouped(sizes, most)
         assert numbers[0] == 0
         assert set(np.diff(numbers)) <= {0, 1}
         assert numbers[-1] < most

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -665,7 +666,9 @@ def test_callback_needs_the_start_of_what_is_unfrozen(hugging, tmp_path, given):
     callback = ours.ConsolidateCallback(trainer, keep=0.8, anchor=anchor)
     trainer.add_callback(callback)
     if not given:
-        with pytest.warns(UserWarning, match=r"stays as trained; anchor: it lacks .*still frozen"):
+        with pytest.warns(
+            UserWarning, match=r"stays as trained; ValueError: anchor: it lacks .*still frozen"
+        ):
             trainer.train()
         return
     trainer.train()
@@ -681,7 +684,9 @@ def test_callback_without_labels_leaves_the_model_as_trained(hugging, tmp_path):
     trainer.eval_dataset = [{"input_ids": row["input_ids"]} for row in ROWS]
     callback = ours.ConsolidateCallback(trainer)
     trainer.add_callback(callback)
-    with pytest.warns(UserWarning, match="stays as trained; eval_dataset: .*needs labels"):
+    with pytest.warns(
+        UserWarning, match="stays as trained; ValueError: eval_dataset: .*needs labels"
+    ):
         trainer.train()
     assert callback.result is None
     alone = trainer_for(transformers, tmp_path)
@@ -780,3 +785,96 @@ def test_no_bar_without_a_terminal(capfd):
         warnings.simplefilter("error")
         consolidate(model, anchor, error)
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_anchor_that_is_in_part_the_models_own_memory_is_refused():
+    model, _ = trained()
+    anchor = {name: t.clone() for name, t in model.state_dict().items()}
+    anchor["3.weight"] = model.state_dict()["3.weight"]
+    with pytest.raises(ValueError, match=r"anchor\['3.weight'\] is the model's own memory"):
+        consolidate(model, anchor, error)
+    # what training cannot change may be
+    model[3].weight.requires_grad_(False)
+    consolidate(model, anchor, lambda m: float(m[0].weight.square().sum()), progress=False)
+
+
+def test_what_is_made_for_each_state_dict_is_no_weight():
+    class Counting(nn.Linear):
+        calls = 0.0
+
+        def get_extra_state(self):
+            return torch.tensor(self.calls)
+
+        def set_extra_state(self, state):
+            self.calls = float(state)
+
+    model = Counting(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    anchor = starting_weights(model)
+    assert list(anchor) == ["weight"]
+    nn.init.constant_(model.weight, 8.0)
+    model.calls = 3.0
+
+    def evaluate(model):
+        return (model.weight - 8.0).square().mean()
+
+    assert consolidate(model, anchor, evaluate, keep=0.9).share == pytest.approx(0.68, abs=0.02)
+
+
+def test_a_loss_may_be_a_numpy_number():
+    model = one_weight(8.0)
+    anchor = {"weight": torch.zeros(1, 1)}
+    for kind in (np.array, np.float32, lambda x: np.array([x])):
+        result = consolidate(
+            model, anchor, lambda m, kind=kind: kind(abs(m.weight.item() - 8.0)), keep=0.5
+        )
+        assert result.share == pytest.approx(0.5, abs=0.02)
+        nn.init.constant_(model.weight, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start_loss": math.nan}, "start_loss=nan: .*pass a finite number"),
+        ({"fresh": [""]}, "fresh=.*nothing would go back"),
+        ({"fresh": ["3."], "evaluations": 3}, "evaluations=3: .*pass evaluations >= 4"),
+    ],
+)
+def test_what_could_not_work_is_refused(arguments, message):
+    model, anchor = trained()
+    with pytest.raises(ValueError, match=message):
+        consolidate(model, anchor, error, **arguments)
+
+
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError, ZeroDivisionError])
+def test_callback_whose_evaluation_fails_does_not_cost_the_run(hugging, tmp_path, kind):
+    transformers, ours = hugging
+
+    def evaluate(model):
+        raise kind("not today")
+
+    trainer = trainer_for(transformers, tmp_path)
+    trainer.add_callback(ours.ConsolidateCallback(trainer, evaluate=evaluate))
+    with pytest.warns(UserWarning, match=f"stays as trained; {kind.__name__}: .*not today"):
+        trainer.train()
+    alone = trainer_for(transformers, tmp_path)
+    alone.train()
+    assert same(values(trainer.model), values(alone.model))
+
+
+@pytest.mark.parametrize("dataset", [[], {}, {"one": []}])
+def test_callback_refuses_an_empty_dataset(hugging, tmp_path, dataset):
+    transformers, ours = hugging
+    trainer = trainer_for(transformers, tmp_path)
+    trainer.eval_dataset = dataset
+    with pytest.raises(ValueError, match="no eval_dataset, or an empty one"):
+        ours.ConsolidateCallback(trainer)
+
+
+def test_callback_refuses_the_models_own_memory_before_training(hugging, tmp_path):
+    transformers, ours = hugging
+    trainer = trainer_for(transformers, tmp_path)
+    trainer.add_callback(ours.ConsolidateCallback(trainer, anchor=trainer.model.state_dict()))
+    with pytest.raises(ValueError, match="own memory"):
+        trainer.train()
+    assert trainer.state.global_step == 0

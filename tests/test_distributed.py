@@ -396,7 +396,7 @@ PLACEMENTS = [
 @pytest.mark.parametrize("shape", [(12, 18), (7, 5), (1, 4), (13, 2, 3), (2, 3, 5, 2)], ids=str)
 @pytest.mark.parametrize("block", [1, 20, 1 << 20])
 def test_pieces_of_all_shards_make_up_the_whole(placements, shape, block, monkeypatch):
-    monkeypatch.setattr("gapaware.distributed.BLOCK", block)
+    monkeypatch.setattr("gapaware.distributed.LARGEST_PIECE", block)
     mesh_shape, whole = (2, 3), torch.arange(1.0, 1 + prod(shape)).view(shape)
     total = torch.zeros(whole.numel())
     for coordinate in product(*map(range, mesh_shape)):

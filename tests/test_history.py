@@ -432,7 +432,7 @@ def test_read_warns_of_damage_in_the_middle(tmp_path):
         (b"\x89PNG\r\n\x1a\n", "not a gapaware log"),
         (b"", "empty"),
         (b'{"gapaware": "0.1', "empty"),
-        (b'{"gapaware": "9.0", "schema": 99}\n', "schema 99 of gapaware 9.0.*upgrade"),
+        (b'{"gapaware": "9.0", "schema": 99}\n', "schema 99 of gapaware 9.0.*that wrote it"),
     ],
 )
 def test_read_refuses_what_is_not_a_log(tmp_path, content, message):
@@ -450,3 +450,23 @@ def test_read_names_a_missing_file(tmp_path):
 def test_a_home_folder_is_that_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert History(log_to="~/run.jsonl").log_to == str(tmp_path / "run.jsonl")
+
+
+def test_a_log_of_another_gapaware_is_left_whole_under_another_name(tmp_path):
+    path, theirs = tmp_path / "run.jsonl", b'{"gapaware": "9.0", "schema": 99}\n{"step": 1}\n'
+    path.write_bytes(theirs)
+    History(log_to=path).append({"step": 5})
+    assert (tmp_path / "run.1.jsonl").read_bytes() == theirs
+    assert [record["step"] for record in read_log(path)[1]] == [5]
+
+
+def test_a_line_that_is_nested_too_deep_is_a_damaged_one(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"[" * 200_000)
+    with pytest.warns(RuntimeWarning, match="not a gapaware log"):
+        History(log_to=path).append({"step": 5})
+    History(log_to=tmp_path / "other.jsonl").append({"step": 5})
+    with (tmp_path / "other.jsonl").open("ab") as log:
+        log.write(b"[" * 200_000 + b"\n")
+    with pytest.warns(RuntimeWarning, match="1 damaged line"):
+        assert len(read_log(tmp_path / "other.jsonl")[1]) == 1

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from gapaware import Composite, Decision, GapAware
+from gapaware import Composite, Decision, Distillation, GapAware
 from gapaware.huggingface import (
     GapAwareTrainer,
     GapAwareTrainerMixin,
@@ -565,3 +565,36 @@ def test_old_transformers_is_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "gapaware.huggingface")
     with pytest.raises(ImportError, match=r"4\.57\.1.*>= 5"):
         importlib.import_module("gapaware.huggingface")
+
+
+def test_mixin_in_front_of_a_trainer_whose_batches_are_no_dicts(tmp_path):
+    class Pairs(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            words, labels = inputs
+            return model(input_ids=words, labels=labels).loss
+
+    class Mixed(GapAwareTrainerMixin, Pairs):
+        pass
+
+    def pairs(rows):
+        return tuple(torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels"))
+
+    trainer = Mixed(
+        tiny_bert(), arguments(tmp_path, max_steps=2), train_dataset=ROWS, data_collator=pairs
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_distillation_of_another_model_is_refused_when_training_begins(tmp_path):
+    def answers(model, batch):
+        return model(input_ids=batch["input_ids"]).logits
+
+    args = arguments(tmp_path, max_steps=2)
+    held = Distillation(tiny_bert(), answers)
+    trainer = GapAwareTrainer(tiny_bert(), args, train_dataset=ROWS, distillation=held)
+    with pytest.raises(ValueError, match="distillation: is of another model"):
+        trainer.train()
+    model = tiny_bert()
+    held = Distillation(model, answers)
+    GapAwareTrainer(model, args, train_dataset=ROWS, distillation=held).train()

@@ -20,6 +20,7 @@ from gapaware.law import (
     FEWEST,
     FIRST_STRIDE,
     GROWTH,
+    LASTING,
     LEAP,
     LEAVING,
     LENGTHENING,
@@ -1077,3 +1078,19 @@ def test_a_loss_that_is_logged_now_and_then_counts_until_the_next():
     begun = drift_law(observe(updates(0.7), memory=still))
     assert begun.keep
     assert Trend.from_memory(begun.memory["trial"]["kept"]) == Trend.from_memory(still["trend"])
+
+
+def test_where_the_loss_falls_well_in_a_straight_line_for_long_the_factor_grows():
+    """Training is fine, and the learning rate too small all the same."""
+    well = trend(*np.linspace(3.0, 1.8, 12))
+    for x, straight in ((updates(2.0), True), (updates(0.7), False)):
+        counted = drift_law(observe(x, loss=1.8, memory=well)).memory["straight"]
+        assert counted == straight
+        for before, grows in ((LASTING * W - 1, False), (LASTING * W, straight)):
+            seen = observe(x, scale=2.0, loss=1.8, memory={**well, "straight": before})
+            assert (drift_law(seen).scale > 2.0) == grows
+    # not after a pause
+    turned = drift_law(observe(updates(0.0), loss=1.8, memory={**well, "straight": 100}))
+    assert turned.memory["straight"] == 0
+    few = observe(updates(2.0)[:FEWEST], loss=1.8, memory={**well, "straight": 100}, step=8)
+    assert drift_law(few).memory["straight"] == 0

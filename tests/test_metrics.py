@@ -146,3 +146,9 @@ def test_steps_that_go_round_it_do_not_go_unsaid():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.log(loss=1.0)
+
+
+@pytest.mark.parametrize("value", ["0.5", b"1", True])
+def test_what_python_takes_for_a_number_is_refused_all_the_same(value):
+    with pytest.raises(TypeError, match=r"log\(loss=.*pass a number"):
+        Means().add("loss", value)

@@ -379,3 +379,45 @@ def test_a_resumed_run_waits_for_as_long():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert resumed._copies.push.holds
     assert resumed._copies.push.waits == 2
+
+
+def test_what_has_no_gradient_is_left_alone_as_by_any_optimizer():
+    one, other = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+    optimizer = GapAware(
+        torch.optim.AdamW([one, other], lr=1e-2),
+        controller=lambda _: Decision(2.0, "push", push=1.0),
+        interval=1,
+        sketch_dim=None,
+    )
+    for _ in range(30):
+        one.grad, other.grad = torch.ones(4), torch.ones(4)
+        optimizer.step()
+    before, lag = other.detach().clone(), optimizer._copies.push.state_dict()["0.1"].clone()
+    assert not torch.equal(before, lag)
+    for _ in range(5):
+        one.grad, other.grad = torch.ones(4), None
+        optimizer.step()
+    assert torch.equal(other, before)
+    # and goes on with the momentum that it had
+    assert torch.equal(optimizer._copies.push.state_dict()["0.1"], lag)
+    # where nothing has a gradient, steps are made in another way
+    other.grad = one.grad = None
+    with torch.no_grad():
+        for parameter in (one, other):
+            parameter.sub_(0.1)
+    optimizer.step()
+    assert not torch.equal(optimizer._copies.push.state_dict()["0.1"], lag)
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_has_the_push():
+    weights = torch.nn.Parameter(torch.zeros(4))
+    base = torch.optim.SGD([weights], lr=1e-2, momentum=0.9)
+    optimizer = GapAware(base, controller=lambda _: Decision(2.0, "push", push=1.0), interval=1)
+    for _ in range(30):
+        weights.grad = torch.ones(4)
+        optimizer.step()
+    lag = optimizer._copies.push.state_dict()["0.0"].clone()
+    saved = []
+    base.register_step_post_hook(lambda *_: saved.append(copy.deepcopy(optimizer.state_dict())))
+    optimizer.step()
+    assert torch.equal(saved[0]["gapaware"]["push"]["0.0"], lag)

@@ -458,10 +458,14 @@ def test_command_errors_go_to_stderr_with_code_2(tmp_path, capsys, content, mess
 
 def test_command_with_a_figure_that_cannot_be_written(tmp_path, capsys):
     log = str(write_log(tmp_path / "run.jsonl", a_run(3)))
-    assert main(["report", log, "--figure", str(tmp_path / "none" / "x.png")]) == 2
-    assert "none" in capsys.readouterr().err
-    assert main(["report", log, "--figure", "x.doc"]) == 2
-    assert "use .png, .svg or .pdf" in capsys.readouterr().err
+    (tmp_path / "taken").touch()
+    assert main(["report", log, "--figure", str(tmp_path / "taken" / "x.png")]) == 2
+    assert "taken" in capsys.readouterr().err
+    for ending in ("doc", "pgf", "raw"):
+        assert main(["report", log, "--figure", f"x.{ending}"]) == 2
+        assert "use .png, .svg or .pdf" in capsys.readouterr().err
+    assert main(["report", log, "--figure", str(tmp_path / "new" / "x.svg")]) == 0
+    assert (tmp_path / "new" / "x.svg").stat().st_size > 0
 
 
 def test_command_without_matplotlib_still_prints_the_summary(tmp_path, capsys, monkeypatch):
@@ -515,3 +519,24 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    log = write_log(tmp_path / "cost $x^$ y.jsonl", a_run(3))
+    assert main(["report", str(log)]) == 0
+    write_figure(a_run(3), tmp_path / "x.png", names=["$x^$"], subtitles=["base $x^$"])
+
+
+def test_no_logs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"paths=\[\]: no logs"):
+        write_report([], figure=tmp_path / "x.png")
+
+
+def test_what_was_noticed_is_told_though_the_command_fails(tmp_path, capsys):
+    log = write_log(tmp_path / "run.jsonl", a_run(3))
+    with log.open("ab") as lines:
+        lines.write(b"damaged\n")
+    assert main(["report", str(log), "--figure", "x.doc"]) == 2
+    told = capsys.readouterr().err
+    assert "1 damaged line" in told
+    assert "use .png" in told

@@ -176,7 +176,7 @@ def test_rows_that_decide_apart_do_not_go_back():
     assert not any("back_to" in record for record in optimizer.history)
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
 def test_without_memory_for_a_copy_the_factor_rises_all_the_same(error, monkeypatch):
     def no_room(parameters):
         raise error("none")
@@ -522,3 +522,165 @@ def test_a_loss_that_is_not_finite_once_is_nothing_to_go_back_for(bad, goes_back
     assert any("back_to" in record for record in optimizer.history) == goes_back
     assert bool(said) == goes_back
     assert (optimizer._steering.max_scale < 2) == goes_back
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_weights_that_have_overflowed_since_the_snapshot_are_not_kept(log):
+    """What is decided is about a snapshot; the weights that are kept are an interval younger."""
+
+    def always(observation):
+        return Decision(2.0, "go on", keep=True)
+
+    def run(bad):
+        weights, loss_of = problem()
+        base = torch.optim.SGD([weights], lr=0.01)
+        optimizer = GapAware(base, controller=always, interval=5, sketch_dim=None)
+        for step in range(1, bad + 25):
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            if step == bad:
+                weights.grad.fill_(math.nan)
+            optimizer.step()
+            if log:
+                optimizer.log(loss=loss)
+        return weights
+
+    for bad in range(41, 61):
+        with pytest.warns(UserWarning, match="weights and state are those of step"):
+            weights = run(bad)
+        assert weights.isfinite().all(), bad
+
+
+def test_a_factor_of_one_interval_has_a_way_back():
+    """It is in force after the last snapshot that is decided on, and was never seen in one."""
+
+    def once(observation):
+        first = not observation.memory
+        return Decision(2.0 if first else 1.0, "once", keep=first, memory={"asked": 1})
+
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=0.01)
+    optimizer = GapAware(base, controller=once, interval=5, sketch_dim=None)
+    while optimizer.scales[0] < 2:
+        train(optimizer, loss_of, 1)
+
+    def overflow_and_go_on():
+        train(optimizer, loss_of, 3)
+        weights.grad.fill_(math.nan)
+        optimizer.step()
+        train(optimizer, loss_of, 30)
+
+    with pytest.warns(UserWarning, match="weights and state are those of step"):
+        overflow_and_go_on()
+    assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_factor_in_force_is_blamed_before_a_snapshot_has_seen_it(resumed):
+    def leaps(observation):
+        first = not observation.memory
+        return Decision(
+            64.0 if first else 8.0, "leap", keep=observation.scale <= 1, memory={"asked": 1}
+        )
+
+    def made():
+        weights, loss_of = problem()
+        base = torch.optim.SGD([weights], lr=1e-4)
+        return loss_of, GapAware(base, controller=leaps, interval=5, max_scale=64)
+
+    loss_of, optimizer = made()
+    while optimizer.scales[0] < 64:
+        train(optimizer, loss_of, 1)
+    if resumed:
+        state = copy.deepcopy(optimizer.state_dict())
+        loss_of, optimizer = made()
+        optimizer.load_state_dict(state)
+
+    def overflow():
+        for _ in range(4):
+            optimizer.log(loss=math.nan)
+            train(optimizer, loss_of, 1, log=False)
+
+    with pytest.warns(UserWarning, match="no factor goes above 8 from here on"):
+        overflow()
+    assert optimizer._steering.max_scale == 8.0
+
+
+def test_the_losses_of_weights_that_are_gone_do_not_count():
+    def goes_back(observation):
+        asked = observation.memory.get("asked", 0) + 1
+        return Decision(
+            4.0 if asked < 3 else 1.0,
+            "try",
+            keep=asked == 1,
+            back=asked == 3,
+            memory={"asked": asked},
+        )
+
+    weights, loss_of = problem()
+    base = torch.optim.SGD([weights], lr=1e-3)
+    optimizer = GapAware(base, controller=goes_back, interval=5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.log(loss=100.0 if optimizer.scales[0] > 1 else 1.0)
+        optimizer.step()
+    records = list(optimizer.history)
+    back = next(n for n, record in enumerate(records) if "back_to" in record)
+    assert records[back]["loss"] == 100.0
+    assert {record["loss"] for record in records[back + 1 :]} == {1.0}
+
+
+def test_what_is_frozen_is_not_copied():
+    frozen, free = (torch.nn.Parameter(torch.ones(1000)) for _ in range(2))
+    frozen.requires_grad_(False)
+    sgd = torch.optim.SGD([frozen, free], lr=0.1)
+    rescue = Rescue()
+    rescue.keep(sgd, step=0)
+    assert [kept.numel() for kept, _ in rescue._kept.values()] == [1000]
+    with torch.no_grad():
+        frozen.fill_(2.0)
+        free.fill_(3.0)
+    rescue.put_back(sgd)
+    assert (frozen == 2.0).all()
+    assert (free == 1.0).all()
+
+
+def test_a_run_that_resumes_knows_who_takes_part_in_training():
+    """A constraint after each step; a copy of the run and one from a checkpoint go on as it does."""
+
+    def made(weights, state=None):
+        base = torch.optim.AdamW([weights], lr=1e-2)
+        return GapAware(
+            base, controller=lambda _: Decision(2.0, "push", push=1.0, keep=True), interval=1
+        )
+
+    def go_on(weights, optimizer, steps, constrain_first=False):
+        for n in range(steps):
+            if n or not constrain_first:
+                optimizer.zero_grad()
+            if constrain_first and n == 0:
+                with torch.no_grad():
+                    weights.mul_(0.999)
+            weights.grad = weights.detach() + torch.linspace(-1, 1, len(weights))
+            optimizer.step()
+            with torch.no_grad():
+                weights.mul_(0.999)
+
+    for between in (False, True):
+        weights = torch.nn.Parameter(torch.full((8,), 3.0))
+        optimizer = made(weights)
+        go_on(weights, optimizer, 29)
+        weights.grad = weights.detach() + torch.linspace(-1, 1, len(weights))
+        optimizer.step()
+        if not between:
+            with torch.no_grad():
+                weights.mul_(0.999)
+        state = copy.deepcopy(optimizer.state_dict())
+        twin = torch.nn.Parameter(weights.detach().clone())
+        other = made(twin)
+        other.load_state_dict(state)
+        for each, its in ((weights, optimizer), (twin, other)):
+            go_on(each, its, 10, constrain_first=between)
+        assert torch.equal(weights, twin), between

@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bases import BASES
@@ -256,3 +258,71 @@ def test_losses_from_before_the_first_decision_are_saved():
     train_on(twin, resumed, range(5, 14))
     assert seen == uninterrupted
     assert len(seen[0]) > 1
+
+
+def test_integers_of_numpy_are_saved_as_pythons(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    optimizer = GapAware(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        seed=np.int64(3),
+        sketch_dim=np.int64(1024),
+        history_size=np.int64(10),
+        window=np.int64(10),
+        interval=np.int64(5),
+    )
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_of_another_granularity_the_smallest_factor_is_kept_for_all():
+    parameters = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+
+    def made(granularity, factor=None):
+        groups = [{"params": [p]} for p in parameters]
+        return GapAware(
+            torch.optim.SGD(groups, lr=1e-3),
+            controller=(lambda o: 1.0) if factor is None else factor,
+            granularity=granularity,
+            interval=1,
+        )
+
+    apart = made("group", lambda o: 8.0 if o.row == "group 0" else 4.0)
+    for _ in range(20):
+        for p in parameters:
+            p.grad = torch.ones(8)
+        apart.step()
+    assert apart.scales == [8.0, 4.0]
+    for granularity, scales in (("global", [4.0, 4.0]), ("block", [4.0, 4.0])):
+        other = made(granularity)
+        with pytest.warns(UserWarning, match="the smallest of the factors is kept for all rows"):
+            other.load_state_dict(apart.state_dict())
+        assert other.scales == scales
+
+
+def test_a_checkpoint_at_any_line_of_a_step_has_the_learning_rate_that_was_given():
+    """A job that is told to end may save wherever it is."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(3))]} for _ in range(3)]
+    optimizer = GapAware(
+        torch.optim.SGD(groups, lr=0.01), controller=lambda _: 8.0, interval=1, sketch_dim=None
+    )
+    for _ in range(20):
+        for group in groups:
+            group["params"][0].grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer.scales == [8.0] * 3
+    seen = []
+
+    def at_each_line(frame, event, _):
+        if event == "line" and "scaling" in frame.f_code.co_filename:
+            sys.settrace(None)
+            seen.extend(g["lr"] for g in optimizer.state_dict()["param_groups"])
+            sys.settrace(at_each_line)
+        return at_each_line
+
+    sys.settrace(at_each_line)
+    try:
+        optimizer.step()
+    finally:
+        sys.settrace(None)
+    assert len(seen) > 30
+    assert set(seen) == {0.01}

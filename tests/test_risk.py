@@ -17,7 +17,7 @@ from benchmarks import risk as study
 from gapaware import GapAware
 from gapaware.blocks import WIDTH
 from gapaware.history import read_log
-from gapaware.layout import MOST_BLOCKS, parts
+from gapaware.layout import MOST_BLOCKS, grouped
 from gapaware.report import statistics, summarize
 from gapaware.sketch import CountSketch
 
@@ -98,7 +98,7 @@ def named_blocks(model):
 
 def together(units):
     """As a row has them: a few blocks of neighbours."""
-    numbers = parts([len(flat(unit)) for unit in units], MOST_BLOCKS)
+    numbers = grouped([len(flat(unit)) for unit in units], MOST_BLOCKS)
     blocks = [[] for _ in range(numbers[-1] + 1)]
     for number, unit in zip(numbers, units, strict=True):
         blocks[number] += unit
