@@ -210,7 +210,7 @@ class GapAware(Evaluating):
         )
         self._copies = Copies(average=average, way_back=way_back)
         self._pending = self._returning = None
-        self._given, self._entrusted = (), None
+        self._given = self._entrusted = None
         self._metrics = Means()
         self._risk_limit = risk_limit
         self._warned: set[str] = set()
@@ -252,14 +252,13 @@ class GapAware(Evaluating):
             loss: float | None = self.base.step(**kwargs)
             return loss
         factors = self._begin()
-        # before the first group is scaled and until the last is itself again
         self._given = as_they_are(self.base, *factors)
         try:
-            with scaled(self.base, *factors):
+            with scaled(self.base, *factors, given=self._given):
                 # some optimizers know of no closure
                 loss = self.base.step(*(() if closure is None else (closure,)), **kwargs)
         finally:
-            self._given = ()
+            self._given = None
         self._move(*factors)
         self._finish(loss)
         return loss

@@ -1,8 +1,10 @@
 """Scales on learning rate, weight decay and momentum that hold for one step of the wrapped optimizer."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class Scales:
 NEUTRAL = Scales()
 
 # optimizers, and their groups with the values that a person has given them
-Given = Sequence[tuple[torch.optim.Optimizer, list[dict[str, Any]]]]
+Given = list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]]
 
 
 @contextmanager
@@ -69,11 +71,11 @@ def as_they_are(
 
     Args:
         optimizer: the wrapped one.
-        by_group: as for `scaled`. Where all are neutral, no group has to be put in place of another.
+        by_group: as for `scaled`. Where all are neutral no group has to be put in place of another.
         by_parameter: likewise.
     """
     if by_parameter is None and all(scales.neutral for scales in by_group):
-        return ()
+        return []
     return [(leaf, [dict(group) for group in leaf.param_groups]) for leaf in leaves(optimizer)]
 
 
@@ -82,17 +84,21 @@ def scaled(
     optimizer: torch.optim.Optimizer,
     by_group: Sequence[Scales],
     by_parameter: Mapping[int, Scales] | None = None,
+    *,
+    given: Given | None = None,
 ) -> Iterator[None]:
     """Scale the hyperparameters of an optimizer's groups and put them back, whatever happens.
 
     Neutral groups are not touched at all. Schedulers may overwrite or multiply `group["lr"]` between
-    steps and never see a scaled one.
+    steps, or in a hook after a step, and never see a scaled one: groups are themselves again before the
+    hooks that follow their optimizer's step.
 
     Args:
         optimizer: the wrapped one.
         by_group: scales of each of its `param_groups`.
         by_parameter: scales by `id(parameter)`, which then decide instead; the groups are divided for
             the step, so that no copy of an update is needed.
+        given: from `as_they_are`; loses what is itself again.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -102,26 +108,67 @@ def scaled(
         >>> sgd.param_groups[0]["lr"]
         0.1
     """
-    if by_parameter is not None:
-        with _divided(optimizer, by_parameter):
-            yield
-        return
-    kept: list[tuple[dict[str, Any], str, float, Any, Any]] = []
-    try:
-        groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
-        for (leaf, group), scales in zip(groups, by_group, strict=True):
-            for key, factor, during in _changes(leaf, group, scales):
-                # noted first: what interrupts here leaves nothing scaled
-                kept.append((group, key, factor, group[key], during))
-                group[key] = during
+    if by_parameter is None and all(scales.neutral for scales in by_group):
         yield
-    finally:
-        for group, key, factor, before, during in kept:
-            # written during the step, by a hook with a scheduler or the optimizer itself
-            if group[key] is during or not factor:
-                group[key] = before
-            elif key != "betas":
-                group[key] = group[key] / factor
+        return
+    of_each = iter(by_group)
+    with ExitStack() as afterwards:
+        for leaf in leaves(optimizer):
+            own = afterwards.enter_context(ExitStack())
+            own.callback(_itself_again, given, leaf)
+            _before_other_hooks(leaf, own.close, afterwards)
+            chosen = list(islice(of_each, len(leaf.param_groups)))
+            if by_parameter is None:
+                _scale(leaf, chosen, own)
+            else:
+                _divide(leaf, by_parameter, own)
+        yield
+
+
+def _itself_again(given: Given | None, leaf: torch.optim.Optimizer) -> None:
+    if given is not None:
+        given[:] = [(other, groups) for other, groups in given if other is not leaf]
+
+
+def _before_other_hooks(
+    leaf: torch.optim.Optimizer, work: Callable[[], None], afterwards: ExitStack
+) -> None:
+    """Do some work after the optimizer's next step and before the hooks that follow it."""
+    hooks = getattr(leaf, "_optimizer_step_post_hooks", None)
+    if not isinstance(hooks, OrderedDict):  # one that never called `Optimizer.__init__` has none
+        return
+    depth = 0
+
+    def begins(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+
+    def ends(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:  # else it is `super().step()`, after which the step goes on
+            work()
+
+    handle = leaf.register_step_post_hook(ends)
+    hooks.move_to_end(handle.id, last=False)
+    afterwards.callback(handle.remove)
+    afterwards.callback(leaf.register_step_pre_hook(begins).remove)
+
+
+def _scale(leaf: torch.optim.Optimizer, by_group: Sequence[Scales], own: ExitStack) -> None:
+    for group, scales in zip(leaf.param_groups, by_group, strict=True):
+        for key, factor, during in _changes(leaf, group, scales):
+            # first what puts it back: whatever interrupts here leaves nothing scaled
+            own.callback(_put_back, group, key, factor, group[key], during)
+            group[key] = during
+
+
+def _put_back(group: dict[str, Any], key: str, factor: float, before: Any, during: Any) -> None:
+    # written during the step, by the optimizer itself or a hook before it
+    if group[key] is during or not factor:
+        group[key] = before
+    elif key != "betas":
+        group[key] = group[key] / factor
 
 
 def _changes(
@@ -141,23 +188,23 @@ def _changes(
             yield "betas", scales.momentum, (shorter, *betas[1:])
 
 
-@contextmanager
-def _divided(
-    optimizer: torch.optim.Optimizer, by_parameter: Mapping[int, Scales]
-) -> Iterator[None]:
-    kept = [(leaf, leaf.param_groups) for leaf in leaves(optimizer)]
-    divided = []
-    try:
-        for leaf, groups in kept:
-            parts = [_parts(leaf, group, by_parameter) for group in groups]
-            divided += list(zip(groups, parts, strict=True))
-            leaf.param_groups = [part for some in parts for part in some]
-        yield
-    finally:
-        for leaf, groups in kept:
-            leaf.param_groups = groups
-        for group, some in divided:
-            _take_back(group, some[0])
+def _divide(
+    leaf: torch.optim.Optimizer, by_parameter: Mapping[int, Scales], own: ExitStack
+) -> None:
+    groups = leaf.param_groups
+    parts = [_parts(leaf, group, by_parameter) for group in groups]
+    own.callback(_join, leaf, groups, parts)
+    leaf.param_groups = [part for some in parts for part in some]
+
+
+def _join(
+    leaf: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    parts: Sequence[Sequence[dict[str, Any]]],
+) -> None:
+    leaf.param_groups = groups
+    for group, some in zip(groups, parts, strict=True):
+        _take_back(group, some[0])
 
 
 def _parts(

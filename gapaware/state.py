@@ -48,8 +48,8 @@ class Resumable(Wrapper):
     # on its way to the host, with what was logged before it was taken
     _pending: tuple[Sighting, dict[str, float | Transfer]] | None
     _metrics: Means
-    # the groups without factors, during a step
-    _given: Given
+    # the groups without factors, during a step; None outside
+    _given: Given | None
     # a return that waits for the other ranks
     _returning: Outcome | None
     # a state that was restored alone and outlasts a load without one
@@ -90,10 +90,10 @@ class Resumable(Wrapper):
             pending = sighting.state_dict()
             pending["metrics"] = arrived(metrics)
         # a job that is told to end may save in the middle of a step
-        with as_given(self._given):
+        with as_given(self._given or []):
             theirs = self.base.state_dict()
         copies = self._copies
-        if not self._given:
+        if self._given is None:
             # or a run that resumes from here would take what others have written for a step of its own
             copies = copies.noticed(self.base.param_groups, self._steps)
         return {

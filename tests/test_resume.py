@@ -154,7 +154,8 @@ def test_a_checkpoint_in_the_middle_of_a_step_has_the_learning_rate_that_was_giv
     with optimizer.base.register_step_pre_hook(save), optimizer.base.register_step_post_hook(save):
         train(model, optimizer, 1)
     assert saved == [before, before]
-    assert during == [pytest.approx(4 * before[0]["lr"])] * 2
+    # hooks after the step see it as it was given, and may write it
+    assert during == [pytest.approx(4 * before[0]["lr"]), before[0]["lr"]]
 
     def fail(*_):
         raise RuntimeError("an error of the user's")

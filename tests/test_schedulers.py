@@ -146,20 +146,35 @@ def test_neutral_trajectories_and_resumed_schedulers(name):
     assert_equal(list(alone), list(wrapped))
 
 
-def test_a_scheduler_stepped_by_a_hook_of_the_base_never_sees_the_factor():
-    """Inside the step the learning rate is scaled; what a hook makes of it is scaled back."""
+@pytest.mark.parametrize("granularity", ["global", "block"])
+@pytest.mark.parametrize("kind", ["ExponentialLR", "LambdaLR"])
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_a_scheduler_stepped_by_a_hook_of_the_base_never_sees_the_factor(lr, kind, granularity):
+    """Groups are themselves again before the hooks after a step."""
+    make = {
+        "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.9),
+        "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
+    }[kind]
     alone, wrapped = parameters(), parameters()
-    rates = []
+    rates, running = [], []
     for params in (alone, wrapped):
-        base = torch.optim.SGD(params, lr=0.01)
+        base = torch.optim.SGD(params, lr=copy.deepcopy(lr))
+        # first among them, before anything of ours is there
+        base.register_step_post_hook(lambda *_: running[-1].step())
         optimizer = base
         if params is wrapped:
-            optimizer = GapAware(base, interval=1, sketch_dim=64, controller=lambda seen: 4.0)
-        scheduler = schedulers.ExponentialLR(base, 0.9)
-        base.register_step_post_hook(lambda o, a, k, s=scheduler: s.step())
+            optimizer = GapAware(
+                base,
+                interval=1,
+                sketch_dim=64,
+                granularity=granularity,
+                controller=lambda seen: 8.0 if seen.row in ("all", "group 0: tensor 0") else 4.0,
+            )
+        running.append(make(optimizer))
         run(optimizer, params, 30)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[1] == pytest.approx(rates[0], rel=1e-12)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert max(optimizer.scales) == 8.0
+    assert rates[1] == rates[0]
 
 
 def test_a_scheduler_of_momentum_stepped_by_a_hook_never_sees_the_factor():
