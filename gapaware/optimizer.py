@@ -75,11 +75,12 @@ class GapAware(Evaluating):
             weights, and Adam's momentum is shorter; 0 does without. No limit for a controller of yours.
         average: whether `eval()` may put the average of the last weights into the model.
         way_back: whether the weights may go back to where they were before a raised factor did harm. While
-            a factor is above 1 that takes a copy of them and of the wrapped optimizer's state.
+            a factor is above 1 that takes a copy of them and of the wrapped optimizer's state, made twice
+            a window at most, for which a GPU is waited for.
         anchor: the weights to pull to, with mode="retain" or a controller that pulls: "init" for those at
-            the first step, or a module or state dict by parameter name, which needs a `base` made from
-            `named_parameters()`; parameters that it lacks, such as a new head, are not pulled, nor are
-            those of a group with `"anchor": False`. Costs a copy of the weights.
+            the first step, or a module or state dict by parameter name, as it is at that step, which
+            needs a `base` made from `named_parameters()`; parameters that it lacks, such as a new head,
+            are not pulled, nor are those of a group with `"anchor": False`. Costs a copy of the weights.
         anchor_device: where to keep that copy, such as "cpu"; None for the parameters' own device.
         anchor_dtype: to keep it in, such as `torch.bfloat16`; None for the parameters' own. The pull is to
             what they are in it. Both only where there is an anchor.
@@ -111,7 +112,8 @@ class GapAware(Evaluating):
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what to pass.
-        Unsupported: DeepSpeed ZeRO, FSDP1, `ZeroRedundancyOptimizer`; in a step a CUDA graph.
+        Unsupported: DeepSpeed ZeRO, FSDP1, `ZeroRedundancyOptimizer`; in a step a CUDA graph, or parameters
+            on MPS, which has no float64.
 
     Example:
         A learning rate that is much too small:
