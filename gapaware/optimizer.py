@@ -350,7 +350,7 @@ class GapAware(Evaluating):
             pause = interval if self._is_shared() else self._interval
             self._next_snapshot = self._steps + pause
             with self._guarded("a snapshot"):
-                self._look(scales, keeps=keeps)
+                self._look(scales)
                 if keeps:
                     # waits for the snapshot: a copy of weights that have overflowed is no way back
                     self._observer.check()
@@ -358,13 +358,8 @@ class GapAware(Evaluating):
         if due and self._risk_limit is not None:
             self._warn_of_risk(self._risk_limit)
 
-    def _look(self, scales: list[Scales], *, keeps: bool) -> None:
-        """Take a snapshot; what it shows is decided on at the next one, when it is on the host.
-
-        Args:
-            scales: on each row since the last one.
-            keeps: whether these weights will be kept.
-        """
+    def _look(self, scales: list[Scales]) -> None:
+        """Take a snapshot; what it shows is decided on at the next one, when it is on the host."""
         if self._is_idle():
             return
         groups = self.base.param_groups
@@ -376,7 +371,7 @@ class GapAware(Evaluating):
             scales,
             anchor,
             loss=self._metrics.mean("loss"),
-            kept=kept or keeps,
+            kept=kept,
             back=kept and self._returning is not None,
         )
         if sighting is not None:

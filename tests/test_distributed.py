@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from gapaware import GapAware
 from gapaware.blocks import WIDTH
 from gapaware.checkpoint import OwnState
-from gapaware.distributed import Unsupported, _stretches, held_indices, is_first
+from gapaware.distributed import Unsupported, _pieces_of_part, held_indices, is_first
 
 pytestmark = pytest.mark.xdist_group("distributed")  # the worlds are started once
 
@@ -411,7 +411,7 @@ def test_pieces_of_all_shards_make_up_the_whole(placements, shape, block, monkey
         assert [sum(map(len, runs)) for runs in held] == list(local.shape)
         if local.numel():
             covered = torch.zeros(whole.numel(), dtype=torch.bool)
-            for piece, place in _stretches(local, shape, held, 0):
+            for piece, place in _pieces_of_part(local, shape, held, 0):
                 assert not covered[place : place + piece.numel()].any()
                 covered[place : place + piece.numel()] = True
                 total[place : place + piece.numel()] += piece
@@ -420,7 +420,7 @@ def test_pieces_of_all_shards_make_up_the_whole(placements, shape, block, monkey
 
 def test_columns_of_a_large_matrix_are_few_pieces():
     held = held_indices((10_000, 512), [Shard(1)], (8,), (3,))
-    pieces = list(_stretches(torch.ones(10_000, 64), (10_000, 512), held, 0))
+    pieces = list(_pieces_of_part(torch.ones(10_000, 64), (10_000, 512), held, 0))
     assert len(pieces) == 5
     assert sum(piece.sum().item() for piece, _ in pieces) == 640_000
 
