@@ -121,6 +121,11 @@ class Observer:
         """Let a fault on this rank alone become one that every rank finds in the next snapshot."""
         self._trouble, self._spoilt = f" after {type(error).__name__}: {error}", True
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last snapshot is; waits for it where it is still on its way."""
+        return self._sum is None or isfinite(self._sum.result())
+
     def check(self) -> None:
         """Look at the last snapshot, which has arrived by now.
 
@@ -128,7 +133,7 @@ class Observer:
             NotFinite: it has NaN or infinity.
             RankFault: because a rank had a fault.
         """
-        if self._sum is None or isfinite(self._sum.result()):
+        if self.is_finite:
             return
         if self._said is not None and self._said.fault:
             raise RankFault(f"a rank could not take its snapshot{self._trouble}")

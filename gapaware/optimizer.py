@@ -351,9 +351,8 @@ class GapAware(Evaluating):
             self._next_snapshot = self._steps + pause
             with self._guarded("a snapshot"):
                 self._look(scales)
-                if keeps:
-                    # waits for the snapshot: a copy of weights that have overflowed is no way back
-                    self._observer.check()
+                # waits for the snapshot: weights that have overflowed since the last one are no way back
+                if keeps and self._observer.is_finite:
                     self._copies.keep(self.base, self._steps)
         if due and self._risk_limit is not None:
             self._warn_of_risk(self._risk_limit)
