@@ -332,7 +332,7 @@ def test_cooling_down_holds_whatever_is_seen():
         decision = drift_law(observe(x, scale=4.0, memory={"highest_lr": 3e-3}))
         assert decision.scale == 4.0
         assert "cools down" in decision.why
-        assert decision.memory == {"highest_lr": 3e-3, "push": 0.0, "rest": 0}
+        assert decision.memory == {"highest_lr": 3e-3, "push": 0.0, "rest": 0, "straight": 0}
 
 
 def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
@@ -343,7 +343,7 @@ def test_a_peak_before_the_first_step_seen_counts_but_not_in_a_warm_up():
     assert decision.scale == 1.0
     assert "cools down" in decision.why
     # the peak is not kept: the schedule may never reach it
-    assert decision.memory == {"highest_lr": 1e-3, "push": 0.0, "rest": 1}
+    assert decision.memory == {"highest_lr": 1e-3, "push": 0.0, "rest": 1, "straight": 0}
 
     lrs = np.linspace(1e-5, 1e-4, W + 1)
     warming = {"lrs": lrs, "peak_lr": 1e-3, "scale": 4.0}
