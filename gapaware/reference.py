@@ -1,6 +1,7 @@
 """The slow twin: every figure from its formula, in NumPy and SciPy float64, on the updates themselves.
 
-Nothing in the package uses this file. The tests hold everything fast against it.
+Nothing in the package uses this file, and nothing else in it needs SciPy, which `gapaware[dev]` brings. The
+tests hold everything fast against it.
 """
 
 import numpy as np
