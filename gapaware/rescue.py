@@ -86,10 +86,8 @@ class Rescue:
                 for place, p in _moving(own)
             }
             self._numbers = [_copied(_numbers(own.param_groups)) for own in _remembering(optimizer)]
-        except (
-            MemoryError,
-            RuntimeError,
-        ):  # on a CPU an allocation that fails is no more than that
+        except (MemoryError, RuntimeError):
+            # on a CPU an allocation that fails is no more than a RuntimeError
             self.forget()
             return
         self._step = step

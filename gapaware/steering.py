@@ -323,15 +323,16 @@ class Steering:
         """
         may_push = bool(state.get("may_push", True))
         survived = float(state.get("survived", inf))  # until 0.1.0 there was none
-        if not survived >= 1:
-            raise ValueError(f"survived={survived}: a factor of at least 1")
+        largest = float(state.get("largest", 1.0))
+        if not (survived >= 1 and largest >= 1):
+            raise ValueError(f"survived={survived}, largest={largest}: factors of at least 1")
         max_push = self._max_push if may_push else 0.0
         scales = {
             str(name): self._bounded(max_push, *saved) for name, saved in state["scales"].items()
         }
         memory = {str(name): plain(dict(held)) for name, held in state["memory"].items()}
         undecided = self._bounded(max_push, *state["undecided"])
-        self._survived, self._largest = survived, float(state.get("largest", 1.0))
+        self._survived, self._largest = survived, largest
         self._losses = tuple(float(loss) for loss in state.get("losses", ()))[-RECENT:]
         self.restarts = int(state.get("restarts", 0))
         self._may_push, self._scales, self._memory, self._undecided = (

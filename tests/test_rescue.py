@@ -650,37 +650,37 @@ def test_what_is_frozen_is_not_copied():
 def test_a_run_that_resumes_knows_who_takes_part_in_training():
     """A constraint after each step; a copy of the run and one from a checkpoint go on as it does."""
 
-    def made(weights, state=None):
+    def made(weights):
         base = torch.optim.AdamW([weights], lr=1e-2)
         return GapAware(
             base, controller=lambda _: Decision(2.0, "push", push=1.0, keep=True), interval=1
         )
 
-    def go_on(weights, optimizer, steps, constrain_first=False):
-        for n in range(steps):
-            if n or not constrain_first:
-                optimizer.zero_grad()
-            if constrain_first and n == 0:
-                with torch.no_grad():
-                    weights.mul_(0.999)
-            weights.grad = weights.detach() + torch.linspace(-1, 1, len(weights))
-            optimizer.step()
-            with torch.no_grad():
-                weights.mul_(0.999)
+    def constrain(weights):
+        with torch.no_grad():
+            weights.mul_(0.999)
+
+    def step(weights, optimizer):
+        weights.grad = weights.detach() + torch.linspace(-1, 1, len(weights))
+        optimizer.step()
 
     for between in (False, True):
         weights = torch.nn.Parameter(torch.full((8,), 3.0))
         optimizer = made(weights)
-        go_on(weights, optimizer, 29)
-        weights.grad = weights.detach() + torch.linspace(-1, 1, len(weights))
-        optimizer.step()
+        for _ in range(29):
+            step(weights, optimizer)
+            constrain(weights)
+        step(weights, optimizer)
         if not between:
-            with torch.no_grad():
-                weights.mul_(0.999)
+            constrain(weights)
         state = copy.deepcopy(optimizer.state_dict())
         twin = torch.nn.Parameter(weights.detach().clone())
         other = made(twin)
         other.load_state_dict(state)
         for each, its in ((weights, optimizer), (twin, other)):
-            go_on(each, its, 10, constrain_first=between)
+            if between:
+                constrain(each)
+            for _ in range(10):
+                step(each, its)
+                constrain(each)
         assert torch.equal(weights, twin), between
