@@ -96,14 +96,16 @@ def drift_law(observation: Observation) -> Decision:
     is no pull, training is fine: f does not grow, and one below 5, which is hardly what makes it fall,
     shrinks. Only where it has fallen so for three windows, with c − s > 0.6 all the while, is the learning
     rate too small all the same, and f grows on. Nor does f grow once the schedule has come down by a
-    quarter of its peak. c* is for a momentum such as AdamW's; with one that makes updates twice as long it
-    is twice as large, since noise adds up more slowly than drift does. After a warm-up f leaves 1 only
-    where c − s > 3·c* or the loss stands still: who takes that care has chosen the learning rate with some.
+    quarter of its peak, but with a pull where q > 1/2. c* is for a momentum such as AdamW's; with one that
+    makes updates twice as long it is twice as large, since noise adds up more slowly than drift does. After
+    a warm-up f leaves 1 only where c − s > 3·c* or the loss stands still: who takes that care has chosen
+    the learning rate with some.
 
     As long as the loss has not fallen, nor risen by more than 6 %, there is nothing to lose, and f does not
-    shrink. With a pull towards the starting weights nothing leaps. That the loss stands still is no more
-    than a guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there. Where a loss
-    is logged now and then, what it told moves f once, and holds it until the next.
+    shrink. With a pull towards the starting weights nothing leaps until the schedule has come down by a
+    quarter: what has hardly learned by then is a short run. That the loss stands still is no more than a
+    guess at what f may be: by it alone f goes to 16, and on after 15 snapshots there. Where a loss is
+    logged now and then, what it told moves f once, and holds it until the next.
 
     A raised f is a trial, see `gapaware.trial`. The weights are kept where f leaves 1, and then twice a
     window at most, where the loss has fallen since (where it is not known: where updates have not
@@ -195,7 +197,9 @@ def _decide(observation: Observation) -> Decision:
     memory["warmed_up"] = warmed_up
     # over longer updates noise adds up to less of them
     observation = replace(observation, target=observation.target * _pace(observation))
-    hurry = told and trend.close and not lengthened and not observation.pull
+    late = observation.lrs[-1] < COOLING * peak
+    # a leap under a pull costs old answers; a short run without one ends before it has learned
+    hurry = told and trend.close and not lengthened and (late or not observation.pull)
     coherent = motion.coherence > COHERENT
     factor, why = _wanted(observation, motion, trend, trial.reach, hurry=hurry, told=told)
     certain = trend.unmoved and coherent
@@ -207,7 +211,7 @@ def _decide(observation: Observation) -> Decision:
     little = motion.drift.certain < TUNED * observation.target and not trend.flat
     if factor > 1 >= observation.scale and warmed_up and little:
         factor, why = 1.0, "too little drift for one who warms up, hold"
-    if factor > 1 and observation.lrs[-1] < COOLING * peak:
+    if factor > 1 and late and not (observation.pull and coherent):
         factor, why = 1.0, "the schedule comes down, hold"
     if trend.fine and motion.full and motion.drift.certain > CERTAIN:
         memory["straight"] = int(observation.memory.get("straight", 0)) + 1

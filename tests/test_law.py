@@ -714,6 +714,27 @@ def test_coherent_motion_leaps_where_little_can_be_lost():
     assert 1.3 <= drift_law(observe(certain, step=40)).scale < 1.5
 
 
+def test_under_a_pull_coherent_motion_leaps_once_the_schedule_comes_down():
+    """A short fine-tuning run at a small learning rate is a quarter over before its window is full."""
+    begun, fallen = trend(*np.linspace(3.7, 3.2, 8)), trend(*np.linspace(3.7, 3.0, 8))
+    certain, coming_down = updates(2.0)[:8], np.linspace(1e-3, 7e-4, 8)
+
+    def decide(x, memory, **more):
+        loss = memory["trend"]["recent"][-1]
+        described = {"lrs": coming_down, "pull": 0.01, "step": 40, **more}
+        as_long = x * described["lrs"][:, None]  # for their learning rate
+        return drift_law(observe(as_long, loss=loss, memory=memory, **described))
+
+    assert decide(certain, begun).scale == pytest.approx(COHERENT_LEAP)
+    # where something can be lost as fast as before it came down, and not for steady drift
+    assert 1.3 <= decide(certain, fallen).scale < 1.5
+    held = decide(updates(0.8)[:8], begun)
+    assert (held.scale, "comes down" in held.why) == (1.0, True)
+    # neither once it is below half, nor without a pull, where it is the user's way to end a run
+    for more in ({"lrs": np.linspace(1e-3, 4e-4, 8)}, {"pull": 0.0}):
+        assert decide(certain, begun, **more).scale == 1.0
+
+
 def test_steady_drift_need_not_wait_for_a_window_where_little_can_be_lost():
     begun, fallen = trend(*np.linspace(3.7, 3.2, 8)), trend(*np.linspace(3.7, 3.0, 8))
 
