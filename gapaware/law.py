@@ -113,7 +113,8 @@ def drift_law(observation: Observation) -> Decision:
     rises above what it was then, or where nothing has come of it: after 30 snapshots' way at the largest f,
     when an update jumps, or on the first plateau when f is 1 again; then to 1 if a quarter is below 5. That
     needs a loss; where there is no copy the weights stay. A jump after updates that had lengthened may be a
-    saddle that is left, and the first one of a run is none to go back for.
+    saddle that is left: for the first one of a run they go back only where nothing has come of it once it
+    has left the window, and f to a quarter of the largest since they were kept.
 
     Before the window is full, spans more than the momentum's memory, and the run has lasted for W + 1 such
     thirds, drift does nothing but, where f would grow sixfold if motion were coherent, let it grow if
@@ -188,10 +189,16 @@ def _decide(observation: Observation) -> Decision:
     jumps = ceiling["spikes"] > spikes
     if observation.scales.max() > 1:
         spoilt = trial.spoilt(trend)
-        # after updates that had lengthened it may be a saddle that is left, if this is the first time
-        ends = jumps and (longest < LEAVING or spikes > 0)
+        # after updates that had lengthened it may be a saddle that is left, if this is the first time;
+        # the loss shows that before the jump has left the window
+        doubted = bool(memory.get("doubted"))
+        over = doubted and observation.step >= float(memory.get("known_until", 0.0))
+        ends = over or (jumps and (longest < LEAVING or spikes > 0))
         if spoilt or trial.idle(trend, observation.max_scale, ends=ends):
-            return _back(observation, memory, trial, figures, spoilt=spoilt)
+            # from the weights that were kept no smaller one than the largest has been tried
+            tried = trial.largest if over and not spoilt else observation.scale
+            return _back(observation, memory, trial, figures, tried=tried, spoilt=spoilt)
+        memory["doubted"] = (jumps or doubted) and not (ends or trial.gained(trend))
     memory["longest"] = max(longest, motion.newest.growth)
     warmed_up = warms_up or bool(memory.get("warmed_up"))
     memory["warmed_up"] = warmed_up
@@ -232,7 +239,7 @@ def _decide(observation: Observation) -> Decision:
     scale = min(observation.scale * factor, ceiling["ceiling"])
     ends = observation.scale > 1 >= scale and trial.early
     if ends and trial.idle(trend, observation.max_scale, ends=True):
-        return _back(observation, memory, trial, figures, spoilt=False)
+        return _back(observation, memory, trial, figures, tried=observation.scale, spoilt=False)
     push = _push(observation, motion, scale)
     if push:
         why = f"{why}, and push"
@@ -256,11 +263,17 @@ def _decide(observation: Observation) -> Decision:
 
 
 def _back(
-    observation: Observation, memory: dict[str, Any], trial: Trial, figures: str, *, spoilt: bool
+    observation: Observation,
+    memory: dict[str, Any],
+    trial: Trial,
+    figures: str,
+    *,
+    tried: float,
+    spoilt: bool,
 ) -> Decision:
-    """Back to the weights that were kept with a quarter of the factor, from a plateau to 1 at last."""
+    """Back to the weights that were kept with a quarter of a factor, from a plateau to 1 at last."""
     least = min(1.0, observation.scale)
-    scale = max(least, AGAIN * observation.scale)
+    scale = max(least, AGAIN * tried)
     if not spoilt and scale < SMALL:
         scale = least
     # kept weights are an interval later than the loss they were kept for, and may be spoilt themselves
@@ -274,6 +287,7 @@ def _back(
         "trial": trial.given_up(keeps=keep).to_memory(),
         "ceiling": scale,
         "spikes": int(memory.get("spikes", 0)) + 1,
+        "doubted": False,
         "push": 0.0,
     }
     why = "the loss is above that of the weights kept" if spoilt else "nothing comes of it"

@@ -579,6 +579,29 @@ def test_a_jump_ends_a_trial_but_for_the_first_one_off_a_saddle():
     assert not decide_at_rest(updates=spike(), loss=0.6, memory=gained).back
 
 
+def test_a_saddle_that_is_left_shows_before_the_jump_has_left_the_window():
+    """Otherwise it was none, and what the largest factor made of the weights would stay."""
+    flat, begun = trend(*(0.69 + NOISE)), trial(*(0.69 + NOISE[:100]))
+    off = decide_at_rest(updates=spike(), memory={**flat, **begun, "longest": LEAVING})
+    known = int(off.memory["known_until"])
+
+    def after(step, memory, **more):
+        return decide_at_rest(8.0, memory=memory, step=step, **more)
+
+    assert not after(known - 1, off.memory).back
+    over = after(known, off.memory)
+    # nothing smaller has been tried from these weights
+    assert (over.scale, over.back, over.memory["doubted"]) == (AGAIN * 64.0, True, False)
+    # above what they had it was harm, and a factor as it is goes down
+    risen = {**off.memory, **trend(*(0.69 + NOISE), *(0.8 + NOISE[:12]))}
+    assert (after(known, risen, loss=0.8).scale, after(known, risen, loss=0.8).back) == (2.0, True)
+    # a loss that has fallen meanwhile is the saddle's, also if it stands still on the next one
+    fallen = {**off.memory, **trend(*(0.69 + NOISE), *(0.6 + NOISE[:12]))}
+    left = after(known - 1, fallen, loss=0.6)
+    assert not left.memory["doubted"]
+    assert not after(known, {**left.memory, **flat}).back
+
+
 def test_weights_are_kept_where_the_factor_leaves_1_and_then_where_it_did_good():
     first = drift_law(observe(updates(0.7), loss=2.0, memory=trend(2.1)))
     assert first.keep
