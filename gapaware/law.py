@@ -199,6 +199,9 @@ def _decide(observation: Observation) -> Decision:
             tried = trial.largest if over and not spoilt else observation.scale
             return _back(observation, memory, trial, figures, tried=tried, spoilt=spoilt)
         memory["doubted"] = (jumps or doubted) and not (ends or trial.gained(trend))
+    else:
+        # the next factor is another trial
+        memory.pop("doubted", None)
     memory["longest"] = max(longest, motion.newest.growth)
     warmed_up = warms_up or bool(memory.get("warmed_up"))
     memory["warmed_up"] = warmed_up

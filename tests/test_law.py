@@ -600,6 +600,9 @@ def test_a_saddle_that_is_left_shows_before_the_jump_has_left_the_window():
     left = after(known - 1, fallen, loss=0.6)
     assert not left.memory["doubted"]
     assert not after(known, {**left.memory, **flat}).back
+    # nor is a later factor to blame for the jump of one that is gone
+    gone = decide_at_rest(1.0, memory=off.memory, step=known)
+    assert not decide_at_rest(memory={**gone.memory, **begun}, step=known + 60).back
 
 
 def test_weights_are_kept_where_the_factor_leaves_1_and_then_where_it_did_good():
